@@ -1,0 +1,15 @@
+"""Decompositions: how a weight falls into factors, and how the factors run."""
+
+from __future__ import annotations
+
+from .base import Decomposition, rebuild, refit_last
+from .lowrank import CHANNEL_SVD, CHANNEL_SVD_DENSE, LOW_RANK, LOW_RANK_DENSE
+from .separable import SEPARABLE
+from .tucker2 import TUCKER2
+
+DECOMPOSITIONS: dict[tuple[str, str], Decomposition] = {
+    (d.name, d.execution): d for d in (LOW_RANK, LOW_RANK_DENSE, CHANNEL_SVD, CHANNEL_SVD_DENSE, SEPARABLE, TUCKER2)
+}
+"""(name, execution) → decomposition. To add one: write its file, list it here."""
+
+__all__ = ["DECOMPOSITIONS", "Decomposition", "rebuild", "refit_last"]

@@ -1,0 +1,169 @@
+"""Emitting a replacement: nodes, initializers and decode programs, with real arrays or with their shapes alone.
+
+Pricing and rewriting run the same emission code. Pricing hands in a `Spec` where rewriting hands in an array, so the bytes that are
+predicted are the bytes that will be written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, parser
+
+DOMAIN = "intaglio"
+"""The domain of the decode programs, carried in the model as local functions."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """An array without its values: all that pricing needs."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[np.generic]
+
+    @property
+    def nbytes(self) -> int:
+        """Payload in bytes."""
+        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+
+Array = NDArray[np.generic] | Spec
+
+
+def spec_of(array: Array) -> Spec:
+    """The shape and dtype of an array or a spec."""
+    return Spec(tuple(array.shape), array.dtype)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A decode program: a model-local function of standard operators that exist since opset 7.
+
+    Attributes:
+        name: function name in the `intaglio` domain.
+        text: the function in ONNX text form, without the header that names domain and opset.
+    """
+
+    name: str
+    text: str
+
+    def function(self, opset: int) -> FunctionProto:
+        """The function for a model of the given default-domain opset."""
+        return parser.parse_function(f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n{self.name} {self.text}')
+
+    def inline(self, call: NodeProto, opset: int) -> list[NodeProto]:
+        """The nodes that one call stands for, for models too old (IR < 8) to carry functions."""
+        function = self.function(opset)
+        output = call.output[0]
+        rename = dict(zip(function.input, call.input, strict=True)) | {function.output[0]: output}
+        given = {attribute.name: attribute for attribute in call.attribute}
+        nodes = []
+        for body_node in function.node:
+            node = NodeProto()
+            node.CopyFrom(body_node)
+            del node.input[:], node.output[:], node.attribute[:]
+            node.input.extend(rename.get(name, f"{output}.{name}") for name in body_node.input)
+            node.output.extend(rename.get(name, f"{output}.{name}") for name in body_node.output)
+            for attribute in body_node.attribute:
+                copy = AttributeProto()
+                copy.CopyFrom(given[attribute.ref_attr_name] if attribute.ref_attr_name else attribute)
+                copy.name = attribute.name
+                node.attribute.append(copy)
+            nodes.append(node)
+        return nodes
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the emitted nodes must fit into.
+
+    Attributes:
+        opset: version of the default domain.
+        functions: whether the model's IR version admits model-local functions (IR 8 or newer).
+        stem: prefix of every new value name; the name of the weight.
+        taken: names that exist in the model already.
+    """
+
+    opset: int
+    functions: bool
+    stem: str
+    taken: frozenset[str] = frozenset()
+
+
+@dataclass
+class Emitter:
+    """Collects the nodes, initializers and programs of one replacement, in topological order."""
+
+    target: Target
+    nodes: list[NodeProto] = field(default_factory=list)
+    initializers: dict[str, Array] = field(default_factory=dict)
+    programs: dict[str, Program] = field(default_factory=dict)
+    _used: set[str] = field(default_factory=set)
+
+    def name(self, suffix: str) -> str:
+        """A value name that neither the model nor this replacement uses yet."""
+        stem = f"{self.target.stem}.{suffix.lstrip('.')}"
+        name, count = stem, 1
+        while name in self.target.taken or name in self._used:
+            name, count = f"{stem}_{count}", count + 1
+        self._used.add(name)
+        return name
+
+    def constant(self, suffix: str, array: Array) -> str:
+        """Add an initializer."""
+        name = self.name(suffix)
+        self.initializers[name] = array
+        return name
+
+    def ints(self, suffix: str, values: Sequence[int]) -> str:
+        """Add a one-dimensional int64 initializer (shapes, axes)."""
+        return self.constant(suffix, np.asarray(values, np.int64))
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        output: str | None = None,
+        *,
+        domain: str = "",
+        attributes: dict[str, int | float | str | list[int]] | None = None,
+    ) -> str:
+        """Add a node with one output; the output's name is made up when not given."""
+        output = output or self.name(op_type.lower())
+        self.nodes.append(helper.make_node(op_type, list(inputs), [output], domain=domain, **(attributes or {})))
+        return output
+
+    def copy(self, original: NodeProto, changes: dict[int, str], *, drop: Sequence[str] = (), attributes: dict[str, list[int] | int] | None = None) -> None:
+        """Add a copy of a node of the model that keeps its name and outputs, with some inputs and attributes replaced."""
+        node = NodeProto()
+        node.CopyFrom(original)
+        for index, name in changes.items():
+            node.input[index] = name
+        keep = [a for a in node.attribute if a.name not in drop and a.name not in (attributes or {})]
+        del node.attribute[:]
+        node.attribute.extend(keep)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in (attributes or {}).items())
+        self.nodes.append(node)
+
+    def call(self, program: Program, inputs: Sequence[str], output: str | None, attributes: dict[str, int | float | str | list[int]]) -> str:
+        """Add a call of a decode program: one node where the model can carry functions, the body's nodes where it cannot."""
+        output = output or self.name("w")
+        call = helper.make_node(program.name, list(inputs), [output], domain=DOMAIN, **attributes)
+        if self.target.functions:
+            self.programs[program.name] = program
+            self.nodes.append(call)
+        else:
+            self.nodes.extend(program.inline(call, self.target.opset))
+        return output
+
+
+def onnx_type(dtype: np.dtype[np.generic]) -> int:
+    """The `TensorProto.DataType` of a NumPy dtype (bfloat16 through ml_dtypes)."""
+    return int(helper.np_dtype_to_tensor_dtype(dtype))
+
+
+FLOAT_TYPES = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE})
+"""Element types of weights that can be compressed."""

@@ -1,0 +1,30 @@
+"""A form: what a weight becomes, without any arrays."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, order=True)
+class Form:
+    """decomposition × ranks × storage × execution (DESIGN.md, "Candidate").
+
+    Attributes:
+        decomposition: "unchanged", "dense" (one array), or the name of a decomposition.
+        ranks: the decomposition's parameters; empty for "unchanged" and "dense".
+        storage: name of the storage of every array of the form; "float" keeps the model's own type.
+        execution: "dense" (the layer runs on the expanded weight) or "contract" (activations flow through the factors).
+    """
+
+    decomposition: str
+    ranks: tuple[int, ...] = ()
+    storage: str = "float"
+    execution: str = "dense"
+
+    def __str__(self) -> str:
+        ranks = f"[{','.join(map(str, self.ranks))}]" if self.ranks else ""
+        return f"{self.decomposition}{ranks}/{self.storage}/{self.execution}"
+
+
+UNCHANGED = Form("unchanged")
+"""Leave the weight alone: always a candidate."""

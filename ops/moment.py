@@ -1,0 +1,61 @@
+"""Second moments of a layer's input: the metric in which every weight error is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Float64 = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A = E[x xᵀ] per group, or its diagonal where the input is one-hot (embeddings) or unknown.
+
+    Attributes:
+        matrix: (groups, n, n) float64, or (groups, n) for a diagonal.
+        rows: number of input rows behind the mean; 0 where the moment is a prior, not a measurement.
+    """
+
+    matrix: Float64
+    rows: int
+
+    @staticmethod
+    def isotropic(groups: int, n: int) -> Moment:
+        """The identity: plain Frobenius error, used where no data reaches a weight."""
+        return Moment(np.ones((groups, n)), 0)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the diagonal is held."""
+        return self.matrix.ndim == 2
+
+    def regularized(self, ridge: float = 0.01) -> Moment:
+        """A + ridge·mean(diag A)·I: keeps directions that the calibration data never showed from being free (METHODS.md, section 5)."""
+        if self.diagonal:
+            return Moment(self.matrix + ridge * self.matrix.mean(1, keepdims=True), self.rows)
+        mean = np.trace(self.matrix, axis1=1, axis2=2) / self.matrix.shape[1]
+        mean = np.where(mean > 0, mean, 1.0)
+        return Moment(self.matrix + (ridge * mean)[:, None, None] * np.eye(self.matrix.shape[1]), self.rows)
+
+    def times(self, weight: Float64) -> Float64:
+        """W·A for W of shape (groups, k, n)."""
+        return weight * self.matrix[:, None, :] if self.diagonal else weight @ self.matrix
+
+    def energy(self, weight: Float64) -> float:
+        """tr(W A Wᵀ), summed over groups: the mean square of the layer's output."""
+        return float(np.einsum("gmn,gmn->", self.times(weight), weight))
+
+    def output_gram(self, weight: Float64) -> Float64:
+        """W A Wᵀ, (groups, m, m)."""
+        gram = self.times(weight) @ weight.transpose(0, 2, 1)
+        return 0.5 * (gram + gram.transpose(0, 2, 1))
+
+
+def relative_error(weight: Float64, approximation: Float64, moment: Moment) -> float:
+    """‖(W − Ŵ)A½‖² / ‖W A½‖²; 0 for a weight whose output is zero and unchanged."""
+    energy = moment.energy(weight)
+    error = moment.energy(weight - approximation)
+    return error / energy if energy > 0 else float(error > 0)

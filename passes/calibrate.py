@@ -1,0 +1,192 @@
+"""Gather statistics: run the model over data and let the graph itself accumulate each site's second moment.
+
+For every site the model gets a few more nodes that sum x xᵀ over the rows of a feed (a Conv's rows are its patches), so only n×n matrices
+leave the graph; they are added up in float64. Sites that read the same value share one sum. When all the moments together are too large
+the sites are taken in several runs. Where a Conv has far more output positions than its moment needs, some of them are sampled.
+
+Sites in nested graphs get no measurement and an isotropic metric.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper
+
+from intaglio.ops.emit import Emitter, Target
+from intaglio.ops.families import FAMILIES, GramRequest
+from intaglio.ops.families.conv import CONV, GEOMETRY
+from intaglio.ops.moment import Moment
+
+from .data import Dataset, Feed
+from .execute import Executor
+from .graph import MAIN, all_names
+from .model import Model
+from .options import Runtime
+from .rewrite import tensor_proto
+from .sites import Site, opset
+
+ROWS_PER_INPUT = 16
+"""Rows wanted per row of a moment; Convs with more positions than that are sampled."""
+
+MOMENT_LIMIT_BYTES = 1 << 30
+"""Most bytes of float64 moments gathered in one run."""
+
+UNSEEN = 0.5
+"""Share of an embedding's look-ups that is spread over its rows by length alone, because calibration data never shows every token."""
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What one feed of the latency batch shows a site: shapes of its activation and of its operator's first output."""
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+
+
+def observe(model: Model, sites: Sequence[Site], feed: Feed, runtime: Runtime) -> dict[str, Shapes]:
+    """Shapes around each site of the main graph for one feed, by site name."""
+    proto = _copy(model.proto)
+    names = {}
+    wanted: dict[str, str] = {}
+    for site in _measurable(sites):
+        use = site.use
+        value, own = FAMILIES[use.key].activation(use)
+        output = use.node.output[0]
+        if own or not output:
+            value = output = _named_output(proto, use.node)
+        names[site.name] = (value, output)
+        for name in (value, output):
+            if name not in wanted:
+                wanted[name] = f"{name}.shape-of"
+                proto.graph.node.append(helper.make_node("Shape", [name], [wanted[name]]))
+    if not wanted:
+        return {}
+    executor = Executor(
+        proto,
+        model.weights,
+        list(wanted.values()),
+        threads=runtime.threads,
+        providers=runtime.providers,
+        memory_limit_bytes=runtime.memory_limit_bytes,
+    )
+    shapes = {name: tuple(int(s) for s in shape) for name, shape in zip(wanted, executor.run_feed(feed), strict=True)}
+    return {name: Shapes(shapes[value], shapes[output]) for name, (value, output) in names.items()}
+
+
+def calibrate(
+    model: Model, sites: Sequence[Site], shapes: Mapping[str, Shapes], data: Dataset, indices: np.ndarray, runtime: Runtime, *, seed: int = 0
+) -> dict[str, Moment]:
+    """Second moment of every site's input over some samples, by site name.
+
+    Args:
+        model: the model, or a partly compressed one in which these sites' operators are still there.
+        sites: whose moments to gather.
+        shapes: from `observe`.
+        data: the samples.
+        indices: which of them, (n,) integer.
+        runtime: how to run.
+        seed: of the sampled positions.
+    """
+    moments = {site.name: Moment.isotropic(site.use.view.groups, site.use.view.n) for site in sites if site.name not in shapes}
+    pending = [site for site in sites if site.name in shapes]
+    while pending:
+        part = [pending.pop(0)]
+        size = _moment_bytes(part[0])
+        while pending and size + _moment_bytes(pending[0]) <= MOMENT_LIMIT_BYTES:
+            size += _moment_bytes(pending[0])
+            part.append(pending.pop(0))
+        moments |= _calibrate_part(model, part, shapes, data, indices, runtime, seed)
+    return moments
+
+
+def sampled_positions(site: Site, shapes: Shapes, samples: int) -> tuple[int, int] | None:
+    """(positions used, positions there are) per sample of a Conv whose moment is sampled; None where all are used."""
+    if site.op_type not in ("Conv", "FusedConv"):
+        return None
+    there = CONV.output_positions(site.use, shapes.input)
+    used = max(1, -(-ROWS_PER_INPUT * site.use.view.n // max(1, samples)))
+    return (used, there) if used < there else None
+
+
+def _calibrate_part(
+    model: Model, sites: Sequence[Site], shapes: Mapping[str, Shapes], data: Dataset, indices: np.ndarray, runtime: Runtime, seed: int
+) -> dict[str, Moment]:
+    proto = _copy(model.proto)
+    taken = frozenset(all_names(proto))
+    grams: dict[tuple[object, ...], tuple[str, str]] = {}
+    keys: dict[str, tuple[object, ...]] = {}
+    for number, site in enumerate(sites):
+        use, family = site.use, FAMILIES[site.use.key]
+        value, own = family.activation(use)
+        if own and not value:
+            value = _named_output(proto, use.node)
+        sampled = sampled_positions(site, shapes[site.name], len(indices))
+        geometry = tuple(a.SerializeToString() for a in use.node.attribute if a.name in (*GEOMETRY, "layout", "transA", "transB"))
+        kernel = use.view.shape[1:] if family is CONV else ()
+        keys[site.name] = key = (family.name, value, use.index, use.view.groups, use.view.n, geometry, kernel)
+        if key in grams:
+            continue
+        emitter = Emitter(Target(opset(proto), False, f"intaglio.gram{number}", taken))
+        request = GramRequest(len(shapes[site.name].input), site.dtype != np.float32, sampled[0] if sampled else None, seed + number)
+        gram = family.gram(emitter, use, value, request)
+        rows = emitter.node("Size", [gram.rows])
+        proto.graph.node.extend(emitter.nodes)
+        proto.graph.initializer.extend(tensor_proto(name, array) for name, array in emitter.initializers.items())
+        grams[key] = (gram.total, rows)
+    fetches = [name for pair in grams.values() for name in pair]
+    executor = Executor(
+        proto, model.weights, fetches, threads=runtime.threads, providers=runtime.providers, memory_limit_bytes=runtime.memory_limit_bytes
+    )
+    views = {keys[site.name]: site.use.view for site in sites}
+    sums: dict[tuple[object, ...], np.ndarray] = {}
+    counts = dict.fromkeys(grams, 0)
+    for values in executor.run(feed for feed, _ in data.feeds(indices, runtime.batch)):
+        for key, total, size in zip(grams, values[::2], values[1::2], strict=True):
+            view = views[key]
+            if key[0] == "gather":
+                index = np.where(total < 0, total + view.n, total)
+                part = np.bincount(index, minlength=view.n).astype(np.float64)[None]
+                counts[key] += int(size)
+            else:
+                part = total.astype(np.float64).reshape(view.groups, view.n, view.n)
+                counts[key] += int(size) // (view.groups * view.n)
+            sums[key] = sums[key] + part if key in sums else part
+    moments = {}
+    for site in sites:
+        key = keys[site.name]
+        mean = sums[key] / max(1, counts[key])
+        if key[0] == "gather":
+            mean = (1 - UNSEEN) * mean + UNSEEN / mean.shape[1]
+        moments[site.name] = Moment(mean, counts[key])
+    return moments
+
+
+def _measurable(sites: Sequence[Site]) -> list[Site]:
+    return [site for site in sites if site.uses[0].scope == MAIN]
+
+
+def _moment_bytes(site: Site) -> int:
+    view = site.use.view
+    return 8 * view.groups * view.n * (1 if site.op_type == "Gather" else view.n)
+
+
+def _named_output(proto: ModelProto, node: NodeProto) -> str:
+    """Give the node's first output a name in the copy `proto` if it has none, and return it."""
+    if node.output[0]:
+        return node.output[0]
+    twin = next(n for n in proto.graph.node if n.op_type == node.op_type and n.input == node.input and n.output == node.output)
+    name = f"intaglio.{next(o for o in node.output if o)}.sequence"
+    twin.output[0] = name
+    return name
+
+
+def _copy(proto: ModelProto) -> ModelProto:
+    copy = ModelProto()
+    copy.CopyFrom(proto)
+    return copy
+
+
+__all__ = ["Shapes", "TensorProto", "calibrate", "observe", "sampled_positions"]

@@ -1,0 +1,152 @@
+"""How far a model's outputs are from the reference's: KL in nats for class scores, relative mean square error otherwise.
+
+An output counts as class scores where the graph shows it: it comes from Softmax (probabilities) or LogSoftmax, or from a Gemm, or a MatMul
+with bias, of shape (batch, classes ≥ 2) while the model's author or the user calls it logits. The user's word wins (`kind`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+
+import numpy as np
+import scipy.special
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from .errors import InputError
+
+_TINY = 1e-12
+"""Probabilities below this are taken as this, so that a confident zero costs a finite number of nats."""
+
+_PASSING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Dropout", "Transpose"})
+_LOGIT_WORDS = ("logit", "score", "class", "fc", "output")
+
+
+class Kind(str, Enum):
+    """What an output holds."""
+
+    LOGITS = "logits"
+    PROBABILITIES = "probabilities"
+    LOG_PROBABILITIES = "log-probabilities"
+    VALUES = "values"
+
+
+def output_kinds(proto: ModelProto, kind: str = "auto") -> tuple[Kind, ...]:
+    """What each graph output holds.
+
+    Args:
+        proto: the model.
+        kind: "auto", or a `Kind` value that the first output is declared to be.
+
+    Raises:
+        InputError: `kind` is unknown.
+    """
+    producers = {name: node for node in proto.graph.node for name in node.output}
+    kinds = []
+    for value in proto.graph.output:
+        node = producers.get(value.name)
+        while node is not None and node.op_type in _PASSING and node.input:
+            node = producers.get(node.input[0])
+        op_type = node.op_type if node is not None else ""
+        rank = len(value.type.tensor_type.shape.dim)
+        if op_type == "Softmax":
+            kinds.append(Kind.PROBABILITIES)
+        elif op_type == "LogSoftmax":
+            kinds.append(Kind.LOG_PROBABILITIES)
+        elif op_type in ("Gemm", "MatMul", "Add", "FusedGemm") and rank in (0, 2) and "logit" in value.name.lower():
+            kinds.append(Kind.LOGITS)
+        elif "logit" in value.name.lower():
+            kinds.append(Kind.LOGITS)
+        else:
+            kinds.append(Kind.VALUES)
+    if kind != "auto":
+        allowed = [k.value for k in Kind]
+        if kind not in allowed:
+            raise InputError(f"output kind {kind!r} is unknown; expected auto, {', '.join(allowed)}")
+        kinds[0] = Kind(kind)
+    return tuple(kinds)
+
+
+@dataclass
+class Divergence:
+    """Accumulates the divergence of a candidate from a reference, feed by feed.
+
+    Attributes:
+        kinds: what each output holds.
+    """
+
+    kinds: tuple[Kind, ...]
+    _sums: list[float] = field(default_factory=list)
+    _weights: list[float] = field(default_factory=list)
+    samples: int = 0
+    agreements: int = 0
+
+    @property
+    def unit(self) -> str:
+        """ "kl_nats" when every output holds class scores, else "relative_mse"."""
+        return "relative_mse" if Kind.VALUES in self.kinds else "kl_nats"
+
+    def add(self, reference: Sequence[NDArray[np.generic]], candidate: Sequence[NDArray[np.generic]]) -> None:
+        """Count one feed: every output of the reference and of the candidate.
+
+        Raises:
+            InputError: an output's shape differs.
+        """
+        if not self._sums:
+            self._sums, self._weights = [0.0] * len(self.kinds), [0.0] * len(self.kinds)
+        for number, (kind, a, b) in enumerate(zip(self.kinds, reference, candidate, strict=True)):
+            if a.shape != b.shape:
+                raise InputError(f"output {number}: shape {list(b.shape)}, expected {list(a.shape)} as in the reference; compare like models")
+            error, weight = _compare(kind, a, b)
+            self._sums[number] += error
+            self._weights[number] += weight
+        first, other = reference[0], candidate[0]
+        self.samples += len(first) if first.ndim else 1
+        if self.kinds[0] != Kind.VALUES:
+            self.agreements += int((_classes(first).argmax(1) == _classes(other).argmax(1)).sum())
+
+    @property
+    def value(self) -> float:
+        """Mean over outputs: nats per sample, or squared error over squared reference."""
+        parts = [s / w if w > 0 else float(s > 0) for s, w in zip(self._sums, self._weights, strict=True)]
+        return float(np.mean(parts)) if parts else 0.0
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of samples with the same top class; None where outputs are not class scores."""
+        return None if self.kinds[0] == Kind.VALUES or not self.samples else self.agreements / self.samples
+
+
+def _classes(scores: NDArray[np.generic]) -> NDArray[np.float64]:
+    """(samples, classes): classes are axis 1, or the last axis where a sequence comes before it."""
+    values = np.asarray(scores, np.float64)
+    if values.ndim <= 1:
+        return values.reshape(1, -1)
+    if values.ndim > 2 and values.size == values.shape[0] * values.shape[1]:
+        return values.reshape(len(values), -1)
+    return values.reshape(-1, values.shape[-1])
+
+
+def _compare(kind: Kind, reference: NDArray[np.generic], candidate: NDArray[np.generic]) -> tuple[float, float]:
+    """Summed divergence and what to divide it by."""
+    if kind == Kind.VALUES:
+        if not np.issubdtype(reference.dtype, np.number) and reference.dtype != np.bool_ or reference.dtype.kind in "iub":
+            return float((reference != candidate).sum()), float(reference.size)
+        a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
+        finite = np.isfinite(a)
+        if not np.isfinite(b[finite]).all():
+            return np.inf, 1.0
+        return float(((a - b)[finite] ** 2).sum()), float((a[finite] ** 2).sum())
+    a, b = _log_probabilities(kind, reference), _log_probabilities(kind, candidate)
+    if not np.isfinite(b).all():
+        return np.inf, 1.0
+    return float((np.exp(a) * (a - b)).sum()), float(len(a))
+
+
+def _log_probabilities(kind: Kind, scores: NDArray[np.generic]) -> NDArray[np.float64]:
+    values = _classes(scores)
+    if kind == Kind.PROBABILITIES:
+        return np.asarray(np.log(np.maximum(values, _TINY)))
+    return np.asarray(scipy.special.log_softmax(values, axis=1)) if kind == Kind.LOGITS else values

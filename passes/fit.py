@@ -1,0 +1,59 @@
+"""Fit a chosen form: from a weight and its metric to the packed arrays that will be written.
+
+Factors are fitted from the input to the output: each leading factor is stored first, and the last one is then refitted by least squares on
+what the stored ones really are, so it takes up their rounding errors.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild, refit_last
+from intaglio.ops.form import Form
+from intaglio.ops.moment import Moment
+from intaglio.ops.storage import STORAGES
+
+from .rewrite import array_specs
+from .sites import Site
+
+Arrays = tuple[tuple[NDArray[np.generic], ...], ...]
+
+
+def pack(site: Site, form: Form, value: NDArray[np.generic], moment: Moment) -> tuple[Arrays, NDArray[np.float64]]:
+    """The packed arrays of a form, and the weight that they stand for.
+
+    Args:
+        site: the site.
+        form: any but "unchanged".
+        value: the anchor's array.
+        moment: second moment of the site's input.
+
+    Returns:
+        One tuple of packed arrays per array of the form, and Ŵ (groups, m, n) float64 as the layer will see it.
+    """
+    specs, storage = array_specs(site, form), STORAGES[form.storage]
+    weight = site.matrix(value)
+    if form.decomposition == "dense":
+        ((spec, axis),) = specs
+        packed = storage.encode(value, axis, _importance(site, moment))
+        return (packed,), site.matrix(storage.decode(packed, spec))
+    decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
+    factors = list(decomposition.fit(weight, moment, site.use, form.ranks))
+    packed_factors, decoded = [], []
+    for number, (spec, axis) in enumerate(specs):
+        last = number == len(specs) - 1
+        factor = refit_last(decomposition, weight, moment, site.use, form.ranks, decoded) if last else factors[number]
+        packed = storage.encode(factor.astype(spec.dtype), axis)
+        packed_factors.append(packed)
+        decoded.append(np.asarray(storage.decode(packed, spec), np.float64))
+    return tuple(packed_factors), rebuild(decomposition, site.use, form.ranks, decoded)
+
+
+def _importance(site: Site, moment: Moment) -> NDArray[np.float64]:
+    """diag(A) at every entry of the anchor: how much a squared error there costs."""
+    diagonal = moment.matrix if moment.diagonal else np.diagonal(moment.matrix, axis1=1, axis2=2)
+    floor = 0.01 * diagonal.mean(1, keepdims=True) + np.finfo(np.float64).tiny
+    view = site.use.view
+    spread = np.broadcast_to((diagonal + floor)[:, None, :], (view.groups, view.m, view.n))
+    return np.asarray(site.stored_float64(spread))

@@ -1,0 +1,231 @@
+"""Rewrite sites: put each weight's chosen form in its place.
+
+`fragment` emits what one site becomes; `rewrite` splices fragments into a copy of the model. A dense form replaces the anchor by a decode
+program that yields a value of the same name, so every reader (chains, nested graphs, ties) keeps working untouched. A contracted form
+replaces each operator that reads the weight; the last of its nodes keeps the operator's name, outputs, bias and fused activation.
+
+Both run on real arrays or on `Spec`s alone, which is how bytes are predicted exactly before anything is fitted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from intaglio.ops.decompositions import DECOMPOSITIONS
+from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
+from intaglio.ops.families import FAMILIES
+from intaglio.ops.form import Form
+from intaglio.ops.storage import STORAGES
+
+from .canonicalize import remove_dead
+from .graph import all_names, reads, scopes
+from .model import Model
+from .sites import Site, opset
+from .weights import WeightStore
+
+FUNCTION_IR = 8
+"""The IR version from which a model can carry functions."""
+
+OPTIONAL_INPUT_IR = 4
+"""Before this IR version every initializer is listed as an input too."""
+
+Packed = tuple[tuple[Array, ...], ...]
+"""One entry per array of a form (the weight itself, or its factors): the packed arrays of its storage."""
+
+
+@dataclass(frozen=True, eq=False)
+class Fragment:
+    """What one site becomes.
+
+    Attributes:
+        weights: decode nodes, which go where the weight was defined.
+        replacements: for a contracted form, the nodes that replace each use's operator, in the order of the site's uses.
+        initializers: new initializers, by name.
+        programs: decode programs that the nodes call, by name.
+    """
+
+    weights: tuple[NodeProto, ...]
+    replacements: tuple[tuple[NodeProto, ...], ...]
+    initializers: Mapping[str, Array]
+    programs: Mapping[str, Program]
+
+
+def array_specs(site: Site, form: Form) -> tuple[tuple[Spec, int], ...]:
+    """Shape, dtype and scale axis of every array of a form, before storage."""
+    if form.decomposition == "dense":
+        axis = FAMILIES[site.use.key].channel_axis(site.use)
+        return ((Spec(site.shape, site.dtype), _anchor_axis(site, axis)),)
+    decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
+    shapes, axes = decomposition.shapes(site.use, form.ranks), decomposition.axes(site.use)
+    return tuple((Spec(shape, site.dtype), axis) for shape, axis in zip(shapes, axes, strict=True))
+
+
+def _anchor_axis(site: Site, axis: int) -> int:
+    """The anchor's axis that the first use sees as `axis`; its first axis where a chain mixes axes."""
+    if site.order is None:
+        return axis
+    seen = site.use.view.shape
+    if sorted(seen) != sorted(site.shape):
+        return 0
+    positions = site.order.reshape(seen)
+    step = int(np.take(positions, 1, axis).flat[0] - np.take(positions, 0, axis).flat[0]) if seen[axis] > 1 else 0
+    strides = [int(np.prod(site.shape[i + 1 :], dtype=np.int64)) for i in range(len(site.shape))]
+    return strides.index(step) if step in strides else 0
+
+
+def ghosts(site: Site, form: Form) -> Packed:
+    """The packed arrays' specs: stands in for the arrays of `pack`."""
+    return tuple(STORAGES[form.storage].layout(spec, axis) for spec, axis in array_specs(site, form))
+
+
+def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str]) -> Fragment:
+    """Emit a form of a site.
+
+    Args:
+        site: the site.
+        form: any but "unchanged".
+        packed: arrays, or `ghosts`.
+        proto: the model, for its opset and IR version.
+        taken: names that exist in the model.
+    """
+    emitter = Emitter(Target(opset(proto), proto.ir_version >= FUNCTION_IR, site.anchor, taken))
+    storage = STORAGES[form.storage]
+    names = []
+    dense = form.decomposition == "dense"
+    for number, (arrays, (spec, _)) in enumerate(zip(packed, array_specs(site, form), strict=True)):
+        names.append(storage.emit(emitter, "" if dense else str(number), arrays, spec, site.anchor if dense else None))
+    if form.execution == "dense":
+        if not dense:
+            DECOMPOSITIONS[form.decomposition, "dense"].emit(emitter, site.use, names, site.anchor)
+        return Fragment(tuple(emitter.nodes), (), emitter.initializers, emitter.programs)
+    weights = tuple(emitter.nodes)
+    replacements = []
+    for site_use in site.uses:
+        emitter.nodes = []
+        DECOMPOSITIONS[form.decomposition, form.execution].emit(emitter, site_use.use, names, "")
+        replacements.append(tuple(emitter.nodes))
+    return Fragment(weights, tuple(replacements), emitter.initializers, emitter.programs)
+
+
+def declines(site: Site, form: Form) -> str | None:
+    """None when the rewriter can give the site this form, else the reason why not."""
+    if form.decomposition in ("unchanged", "dense"):
+        specs = array_specs(site, form) if form.decomposition == "dense" else ()
+    else:
+        reason = DECOMPOSITIONS[form.decomposition, form.execution].declines(site.use)
+        if reason:
+            return reason
+        if form.execution == "dense" and site.order is not None:
+            return "the weight is turned round before it is used"
+        if form.execution == "contract" and any(use.use.view != site.use.view or use.use.key != site.use.key for use in site.uses):
+            return "a tied weight whose uses read it differently"
+        if form.execution == "contract" and any(use.scope != site.scope for use in site.uses):
+            return "used in another graph than it is defined in"
+        specs = array_specs(site, form)
+    return next((reason for spec, _ in specs if (reason := STORAGES[form.storage].accepts(spec))), None)
+
+
+def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Site]) -> Model:
+    """A copy of the model in which the given sites have new forms; the input model is not changed.
+
+    Args:
+        model: the model that `sites` were found in.
+        fragments: by site name; sites without one stay.
+        sites: the sites.
+    """
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    copies = dict(zip(_node_ids(model.proto), _nodes(proto), strict=True))
+    bodies = {scope.path: scope.body for scope in scopes(proto)}
+    programs: dict[str, Program] = {}
+    for site in sites:
+        if site.name not in fragments:
+            continue
+        part = fragments[site.name]
+        body = bodies[site.scope]
+        if not isinstance(body, GraphProto):
+            raise TypeError(f"site {site.name} lies in a function body")
+        programs |= part.programs
+        if part.replacements:
+            for site_use, nodes in zip(site.uses, part.replacements, strict=True):
+                _replace(body, copies[id(site_use.use.node)], nodes)
+            first = min(_position(body, nodes[0]) for nodes in part.replacements)
+        else:
+            _drop_anchor(body, site)
+            first = next((i for i, node in enumerate(body.node) if site.anchor in reads(node)), len(body.node))
+        _insert(body, first, part.weights)
+        for name, array in part.initializers.items():
+            tensor = ghost_tensor(name, array) if isinstance(array, Spec) else model.weights.spool(name, array)
+            body.initializer.append(tensor)
+            if proto.ir_version < OPTIONAL_INPUT_IR and body is proto.graph:
+                body.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+    _carry(proto, programs)
+    return Model(remove_dead(proto), model.weights, model.path, model.size_bytes, model.sha256)
+
+
+def tensor_proto(name: str, array: Array) -> TensorProto:
+    """An embedded tensor."""
+    if isinstance(array, Spec):
+        raise TypeError(f"{name} has a shape but no values")
+    return numpy_helper.from_array(array, name)
+
+
+def ghost_tensor(name: str, spec: Spec) -> TensorProto:
+    """A tensor that has every field of the real one but its payload, for exact sizes."""
+    return WeightStore.ghost(name, spec.shape, onnx_type(spec.dtype), spec.nbytes)
+
+
+def _nodes(proto: ModelProto) -> list[NodeProto]:
+    return [node for scope in scopes(proto) for node in scope.body.node]
+
+
+def _node_ids(proto: ModelProto) -> list[int]:
+    return [id(node) for node in _nodes(proto)]
+
+
+def _position(body: GraphProto, wanted: NodeProto) -> int:
+    return next(i for i, node in enumerate(body.node) if node.output == wanted.output)
+
+
+def _replace(body: GraphProto, node: NodeProto, nodes: Sequence[NodeProto]) -> None:
+    position = _position(body, node)
+    del body.node[position]
+    _insert(body, position, nodes)
+
+
+def _insert(body: GraphProto, position: int, nodes: Sequence[NodeProto]) -> None:
+    for offset, node in enumerate(nodes):
+        body.node.insert(position + offset, node)
+
+
+def _drop_anchor(body: GraphProto, site: Site) -> None:
+    """Remove what defines the anchor's name, so that the decode program can."""
+    for position, tensor in enumerate(body.initializer):
+        if tensor.name == site.anchor:
+            del body.initializer[position]
+            break
+    for position, node in enumerate(body.node):
+        if list(node.output) == [site.anchor]:
+            del body.node[position]
+            break
+    for position, value in enumerate(body.input):
+        if value.name == site.anchor:
+            del body.input[position]
+            break
+
+
+def _carry(proto: ModelProto, programs: Mapping[str, Program]) -> None:
+    """Add the decode programs as functions, and their domain."""
+    present = {(function.domain, function.name) for function in proto.functions}
+    for name in sorted(programs):
+        if (DOMAIN, name) not in present and proto.ir_version >= FUNCTION_IR:
+            proto.functions.append(programs[name].function(opset(proto)))
+    if proto.ir_version >= FUNCTION_IR and programs and all(o.domain != DOMAIN for o in proto.opset_import):
+        proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
+
+
+__all__ = ["Fragment", "all_names", "array_specs", "declines", "fragment", "ghosts", "rewrite", "tensor_proto"]

@@ -1,0 +1,467 @@
+"""The multiple-choice knapsack: one option per group, resources paid once, any mix of limits and objective.
+
+    minimize    primary(x, y)
+    subject to  sum of x over a group = 1           exactly one option per group
+                sum of a group's x that use f <= y_f    a shared resource is paid once
+                quantity(x, y) <= limit             for every limited quantity
+                x, y binary
+
+The binary program is a vectorized cvxpy model solved by HiGHS, on a *core* of the options: the linear relaxation's multipliers
+give a Lagrangian bound L and, for every option, the least that choosing it adds to L (its reduced cost). A choice that uses any
+option of reduced cost above t costs at least L + t, so what is proved on the options below t holds for all of them up to L + t
+(the core concept of Pisinger, "A minimal algorithm for the multiple-choice knapsack problem", EJOR 83, 1995).
+
+Near ties (relative differences below `gap / 100`) go to the smaller other quantities. Same input, same answer, as long as the
+time limit does not strike.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import cvxpy as cp
+import numpy as np
+import scipy.sparse as sp
+from numpy.typing import NDArray
+
+from .budget import QUANTITIES, Budget, Cost, Nearest, Quantity
+
+Status = Literal["optimal", "feasible", "infeasible", "unknown"]
+Floats = NDArray[np.float64]
+Indices = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+
+_ROW_SCALE = 1e3  # largest coefficient of a limit's row: HiGHS's feasibility tolerance of 1e-6 is then 1e-9 of what is at stake
+_MAX_CUTS = 20  # choices over a limit by less than the tolerance that are forbidden one by one before the limits are tightened
+_MARGIN = 2e-6  # by which the scaled limits are tightened then: twice the tolerance
+_TIE_WEIGHT = 0.01  # share of the gap that all the other quantities may cost the primary one, each
+_FEASIBLE = 2  # HighsInfo.primal_solution_status, kSolutionStatusFeasible
+
+
+@dataclass(frozen=True)
+class Option:
+    """One candidate of a group.
+
+    Attributes:
+        size_bytes: bytes of its own; may be negative when costs are differences.
+        latency_s: seconds; may be negative when costs are differences.
+        divergence: what it adds to the output divergence, >= 0.
+        shared: resources of the problem that it needs; each is paid once however many options use it.
+    """
+
+    size_bytes: int
+    latency_s: float
+    divergence: float
+    shared: tuple[str, ...] = ()
+
+    def costs(self) -> tuple[int, float, float]:
+        """Its own costs in the order of `QUANTITIES`."""
+        return self.size_bytes, self.latency_s, self.divergence
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Groups of options, exactly one option of each to be chosen.
+
+    Attributes:
+        groups: at least one option each.
+        base: the cost of everything that is not decided.
+        shared: bytes of each shared resource, >= 0.
+
+    Raises:
+        ValueError: an empty group, a cost that is not finite, a negative divergence or resource, or an unknown resource.
+    """
+
+    groups: tuple[tuple[Option, ...], ...]
+    base: Cost
+    shared: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        for name, size_bytes in self.shared.items():
+            if size_bytes < 0:
+                raise ValueError(f"shared resource {name!r}: {size_bytes} bytes, expected at least 0")
+        for index, group in enumerate(self.groups):
+            if not group:
+                raise ValueError(f"group {index}: no options, expected at least one")
+            for option in group:
+                if not (all(map(math.isfinite, option.costs())) and option.divergence >= 0):
+                    raise ValueError(f"group {index}: {option}, expected finite costs and divergence >= 0")
+                for name in option.shared:
+                    if name not in self.shared:
+                        raise ValueError(f"group {index}: unknown shared resource {name!r}, add its bytes to `shared`")
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What was found and what was proved.
+
+    Attributes:
+        status: `optimal`: the choice keeps every limit and `gap` is within the requested gap; `feasible`: it keeps every limit,
+            but the proof ended with a larger gap (time limit); `infeasible`: it is proved that no choice keeps the limits;
+            `unknown`: neither a choice nor a proof within the time limit.
+        choice: index of the chosen option, per group; empty when infeasible or unknown.
+        objective: total of the minimized quantity, in its own unit; inf without a choice.
+        bound: no choice within the limits has a smaller objective (up to the solver's tolerance, 1e-7); inf when infeasible.
+        gap: (objective - bound) / |objective|, 0 when they agree; inf without a choice.
+        seconds: wall time of the search, the report on an infeasible budget included.
+        candidates: number of options before any was discarded.
+        nearest: what could be promised instead; only when infeasible.
+        cost: total of the choice, recomputed exactly from the options; None without a choice.
+    """
+
+    status: Status
+    choice: tuple[int, ...]
+    objective: float
+    bound: float
+    gap: float
+    seconds: float
+    candidates: int
+    nearest: Nearest | None
+    cost: Cost | None
+
+
+def total_cost(problem: Problem, choice: Sequence[int]) -> Cost:
+    """The cost of a choice (one option index per group): sizes in exact integers, the rest correctly rounded sums."""
+    options = [group[index] for group, index in zip(problem.groups, choice, strict=True)]
+    used = {name for option in options for name in option.shared}
+    return Cost(
+        problem.base.size_bytes + sum(option.size_bytes for option in options) + sum(problem.shared[name] for name in used),
+        math.fsum([problem.base.latency_s, *(option.latency_s for option in options)]),
+        math.fsum([problem.base.divergence, *(option.divergence for option in options)]),
+    )
+
+
+def solve(problem: Problem, budget: Budget, *, gap: float = 1e-4, time_limit_s: float = 10.0) -> Solution:
+    """Choose one option per group.
+
+    Args:
+        problem: the options.
+        budget: limits on the totals (base included) and the quantity to minimize.
+        gap: relative gap between objective and bound at which the search stops.
+        time_limit_s: wall-clock limit of the search; explaining an infeasible budget may take as long again for each limit.
+
+    Raises:
+        ValueError: `gap` is negative or `time_limit_s` is not positive.
+    """
+    if not (gap >= 0 and time_limit_s > 0):
+        raise ValueError(f"gap={gap}, time_limit_s={time_limit_s}: expected gap >= 0 and time_limit_s > 0")
+    start_s = time.perf_counter()
+    solution = _search(problem, budget, gap, time_limit_s)
+    if solution.status == "infeasible":
+        solution = replace(solution, nearest=_nearest(problem, budget, gap, time_limit_s))
+    return replace(solution, seconds=time.perf_counter() - start_s)
+
+
+def undominated(problem: Problem, budget: Budget) -> tuple[tuple[int, ...], ...]:
+    """Per group, the indices of the options that an optimum may need.
+
+    An option is dominated if another of its group costs no more of any quantity that `budget` limits or minimizes, even if it
+    has to pay for the shared resources that only it uses. Of equivalent options the one with the smaller other costs, then the
+    first, stays.
+    """
+    relevant = _relevant(budget)
+    return tuple(_undominated_in(group, relevant, problem.shared) for group in problem.groups)
+
+
+def _relevant(budget: Budget) -> list[int]:
+    """Indices of the quantities that are limited or minimized."""
+    return [i for i, limit in enumerate(budget.limits()) if limit is not None or QUANTITIES[i] == budget.minimize]
+
+
+def _undominated_in(group: tuple[Option, ...], relevant: list[int], shared: Mapping[str, int]) -> tuple[int, ...]:
+    costs = np.array([option.costs() for option in group], dtype=np.float64)
+    names = sorted({name for option in group for name in option.shared})
+    uses = np.array([[name in option.shared for name in names] for option in group], dtype=np.float64)
+    resource_bytes = np.array([shared[name] for name in names], dtype=np.float64)
+    extra_bytes = (uses * resource_bytes) @ (1 - uses).T  # [a, b]: what choosing a instead of b may cost in resources
+    no_worse = np.ones((len(group), len(group)), dtype=np.bool_)  # [a, b]: a can replace b in any choice
+    for i in relevant:
+        column = costs[:, i]
+        no_worse &= column[:, None] + (extra_bytes if QUANTITIES[i] == "size" else 0.0) <= column[None, :]
+    rest = [i for i in range(len(QUANTITIES)) if i not in relevant]
+    rank = np.empty(len(group), dtype=np.int64)
+    rank[sorted(range(len(group)), key=lambda index: (*costs[index, rest], index))] = np.arange(len(group))
+    dominated = (no_worse & (~no_worse.T | (rank[:, None] < rank[None, :]))).any(axis=0)
+    return tuple(np.flatnonzero(~dominated).tolist())
+
+
+@dataclass(frozen=True)
+class _Program:
+    """The binary program over columns [options of all groups..., resources..., one constant fixed at 1].
+
+    Every group's smallest cost is moved to the constant, so that the other columns are >= 0 and the solver's relative gap is
+    that of the whole cost.
+
+    Attributes:
+        costs: (3, columns), rows in the order of `QUANTITIES`; the last column holds base and group minima.
+        group: (options,), the group of each option column.
+        option: (options,), the index of each option column in its group.
+        partition: (groups + 1, columns), equals 1.
+        sharing: (pairs, columns), at most 0.
+        limits: (limits, columns), at most `rhs`, which excludes the constant; scaled to coefficients of at most `_ROW_SCALE`.
+        rhs: (limits,).
+    """
+
+    costs: Floats
+    group: Indices
+    option: Indices
+    partition: sp.csr_array
+    sharing: sp.csr_array
+    limits: Floats
+    rhs: Floats
+
+
+@dataclass(frozen=True)
+class _Multipliers:
+    """Prices of the rows of a program's `sharing` (pairs,) and `limits` (limits,), in units of the primary cost."""
+
+    sharing: Floats
+    limits: Floats
+
+
+def _program(problem: Problem, budget: Budget) -> _Program | None:
+    """The program for a budget; None when a limit is below the sum of smallest costs or excludes every option of a group."""
+    kept = undominated(problem, budget)
+    group = np.repeat(np.arange(len(kept)), [len(indices) for indices in kept])
+    option = np.array([index for indices in kept for index in indices], dtype=np.int64)
+    chosen = [problem.groups[g][i] for g, i in zip(group, option, strict=True)]
+    costs = np.array([candidate.costs() for candidate in chosen], dtype=np.float64).reshape(-1, len(QUANTITIES)).T
+    minima = np.stack([_per_group(np.minimum, cost, group) for cost in costs])
+    spread = costs - minima[:, group]
+    constant = np.array([math.fsum([base, *least]) for base, least in zip(problem.base.values(), minima, strict=True)])
+
+    possible = np.ones(len(chosen), dtype=np.bool_)
+    rooms: list[tuple[int, float]] = []
+    for i, limit in enumerate(budget.limits()):
+        if limit is not None:
+            room = limit - constant[i]
+            noise = 1e-12 * max(abs(limit), abs(constant[i]))  # rounding of the sums: a limit may be attained exactly
+            if room < -noise:
+                return None
+            possible &= spread[i] <= room + noise
+            rooms.append((i, room))
+    group, option, spread = group[possible], option[possible], spread[:, possible]
+    if len(np.unique(group)) < len(kept):
+        return None
+
+    names = [name for name, size_bytes in problem.shared.items() if size_bytes > 0]
+    resources = np.zeros((len(QUANTITIES), len(names)))
+    resources[0] = [problem.shared[name] for name in names]
+    columns = np.concatenate([spread, resources, constant[:, None]], axis=1)
+    rows = np.concatenate([spread, resources, np.zeros((len(QUANTITIES), 1))], axis=1)[[i for i, _ in rooms]]
+    peak = rows.max(axis=1, initial=0.0)
+    scale = _ROW_SCALE / np.where(peak > 0, peak, _ROW_SCALE)
+    return _Program(
+        costs=columns,
+        group=group,
+        option=option,
+        partition=_partition(group, columns.shape[1], len(kept)),
+        sharing=_sharing(problem, group, option, names),
+        limits=rows * scale[:, None],
+        rhs=np.array([room for _, room in rooms]) * scale,
+    )
+
+
+def _partition(group: Indices, columns: int, groups: int) -> sp.csr_array:
+    """(groups + 1, columns): the options of each group, and the constant."""
+    row = np.append(group, groups)
+    column = np.append(np.arange(len(group)), columns - 1)
+    return sp.csr_array((np.ones(len(row)), (row, column)), shape=(groups + 1, columns))
+
+
+def _sharing(problem: Problem, group: Indices, option: Indices, names: list[str]) -> sp.csr_array:
+    """(pairs, columns): for each used pair of group and resource, the group's options that use it minus the resource."""
+    position = {name: index for index, name in enumerate(names)}
+    pairs: dict[tuple[int, int], int] = {}
+    entries: list[tuple[int, int, float]] = []
+    for column, (g, i) in enumerate(zip(group.tolist(), option.tolist(), strict=True)):
+        for name in sorted(set(problem.groups[g][i].shared) & position.keys()):
+            pair = (g, position[name])
+            if pair not in pairs:
+                pairs[pair] = len(pairs)
+                entries.append((pairs[pair], len(group) + pair[1], -1.0))
+            entries.append((pairs[pair], column, 1.0))
+    row, column_index, value = zip(*entries, strict=True) if entries else ((), (), ())
+    return sp.csr_array((value, (row, column_index)), shape=(len(pairs), len(group) + len(names) + 1), dtype=np.float64)
+
+
+def _search(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -> Solution:
+    """Solve on growing cores until the gap is proved, the budget is proved infeasible, or time is up."""
+    deadline_s = time.perf_counter() + time_limit_s
+    program = _program(problem, budget)
+    if program is None:
+        return _report(problem, budget, None, math.inf, gap)
+    primary = program.costs[QUANTITIES.index(budget.minimize)]
+    relaxed = _relax(program, primary, deadline_s)
+    if relaxed is None:
+        return _report(problem, budget, None, math.inf, gap)
+    least, reduced = _lagrangian(program, primary, relaxed)
+
+    first = _choice(program, reduced == 0)
+    best = first if budget.admits(total_cost(problem, first)) else None
+    bound = max(least, float(primary[-1]))
+    radius = 10 * gap * abs(least)
+    tie_weight = _TIE_WEIGHT * gap
+    while True:
+        core = reduced <= radius
+        choice, proved = _solve_core(problem, budget, program, core, least, gap, tie_weight, deadline_s)
+        bound = max(bound, proved if core.all() else min(proved, least + radius))
+        best = _better(problem, budget, best, choice)
+        solution = _report(problem, budget, best, bound, gap)
+        if solution.status in ("optimal", "infeasible") or time.perf_counter() >= deadline_s:
+            return solution
+        if not core.all():
+            radius = solution.objective - least if solution.objective - least > radius else math.inf
+        elif tie_weight:
+            tie_weight = 0.0  # costs that cancel out to almost nothing leave no room for ties
+        else:
+            return solution
+
+
+def _choice(program: _Program, taken: Mask) -> tuple[int, ...]:
+    """The first taken option of each group; `taken` (options,) holds at least one per group."""
+    columns = np.flatnonzero(taken)
+    _, firsts = np.unique(program.group[columns], return_index=True)
+    return tuple(program.option[columns[firsts]].tolist())
+
+
+def _better(
+    problem: Problem, budget: Budget, best: tuple[int, ...] | None, choice: tuple[int, ...] | None
+) -> tuple[int, ...] | None:
+    """The choice with the smaller objective, the second one of equals."""
+    if best is None or choice is None:
+        return best if choice is None else choice
+    primary = QUANTITIES.index(budget.minimize)
+    old, new = (total_cost(problem, candidate).values()[primary] for candidate in (best, choice))
+    return choice if new <= old else best
+
+
+def _report(problem: Problem, budget: Budget, choice: tuple[int, ...] | None, bound: float, gap: float) -> Solution:
+    """The solution for what is known so far; `seconds` and `nearest` are left to the caller."""
+    candidates = sum(len(group) for group in problem.groups)
+    if choice is None:
+        status: Status = "infeasible" if bound == math.inf else "unknown"
+        return Solution(status, (), math.inf, bound, math.inf, 0.0, candidates, None, None)
+    cost = total_cost(problem, choice)
+    objective = cost.values()[QUANTITIES.index(budget.minimize)]
+    bound = min(bound, objective)
+    reached = 0.0 if bound == objective else (objective - bound) / abs(objective) if objective else math.inf
+    return Solution("optimal" if reached <= gap else "feasible", choice, objective, bound, reached, 0.0, candidates, None, cost)
+
+
+def _nearest(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -> Nearest:
+    """What each limit would have to be, the others kept if that is possible."""
+    attained: list[float | None] = []
+    alone: list[Quantity] = []
+    for index, (quantity, limit) in enumerate(zip(QUANTITIES, budget.limits(), strict=True)):
+        if limit is None:
+            attained.append(None)
+            continue
+        solution = _search(problem, budget.relaxed(quantity), gap, time_limit_s)
+        if solution.cost is None:
+            alone.append(quantity)
+            solution = _search(problem, Budget(minimize=quantity), gap, time_limit_s)
+        attained.append(total_cost(problem, solution.choice).values()[index])
+    size_bytes, latency_s, divergence = attained
+    return Nearest(None if size_bytes is None else int(size_bytes), latency_s, divergence, tuple(alone))
+
+
+def _relax(program: _Program, primary: Floats, deadline_s: float) -> _Multipliers | None:
+    """Multipliers of the linear relaxation; None when it is infeasible. Zeros when time is up."""
+    x = cp.Variable(program.costs.shape[1], bounds=[0, 1])
+    sharing: cp.Constraint = cp.Constant(program.sharing) @ x <= 0
+    limits: cp.Constraint = cp.Constant(program.limits) @ x <= program.rhs
+    unit = float(np.abs(primary).max()) or 1.0
+    model = cp.Problem(cp.Minimize((primary / unit) @ x), [cp.Constant(program.partition) @ x == 1, sharing, limits])
+    if _run(model, deadline_s, {}) is None:
+        return None
+    duals = (np.zeros(row.shape) if row.dual_value is None else row.dual_value * unit for row in (sharing, limits))
+    return _Multipliers(*duals)
+
+
+def _lagrangian(program: _Program, primary: Floats, multipliers: _Multipliers) -> tuple[float, Floats]:
+    """Bound on the primary cost for any multipliers >= 0, and the (options,) least increase of it when an option is chosen.
+
+    Plain arithmetic on the data: valid whatever the accuracy of the solver that proposed the multipliers.
+    """
+    sharing, limits = np.maximum(multipliers.sharing, 0.0), np.maximum(multipliers.limits, 0.0)
+    priced = primary + program.sharing.T @ sharing + program.limits.T @ limits
+    options = len(program.group)
+    cheapest = _per_group(np.minimum, priced[:options], program.group)
+    resources = np.minimum(priced[options:-1], 0.0)
+    bound = math.fsum([*cheapest, *resources, primary[-1], *(-limits * program.rhs)])
+    return bound, priced[:options] - cheapest[program.group]
+
+
+def _solve_core(
+    problem: Problem,
+    budget: Budget,
+    program: _Program,
+    core: Mask,
+    least: float,
+    gap: float,
+    tie_weight: float,
+    deadline_s: float,
+) -> tuple[tuple[int, ...] | None, float]:
+    """The best choice of options in the core, None if none was found, and a bound on the primary cost over the core."""
+    columns = np.flatnonzero(np.append(core, np.ones(program.costs.shape[1] - len(core), dtype=np.bool_)))
+    objective, unit, slack = _objective(program, columns, QUANTITIES.index(budget.minimize), least, tie_weight)
+    x = cp.Variable(len(columns), boolean=True)
+    partition, sharing, limits = (cp.Constant(m[:, columns]) @ x for m in (program.partition, program.sharing, program.limits))
+    rows: list[cp.Constraint] = [partition == 1, sharing <= 0]
+    options = {"mip_rel_gap": (1 - 10 * _TIE_WEIGHT) * gap, "mip_abs_gap": 0.0}
+    bound = -math.inf
+    for attempt in range(_MAX_CUTS + 1):
+        margin = _MARGIN if attempt == _MAX_CUTS else 0.0
+        model = cp.Problem(cp.Minimize(objective @ x), [*rows, limits <= program.rhs - margin])
+        info = _run(model, deadline_s, options)
+        if not margin:
+            bound = max(bound, math.inf if info is None else (info.mip_dual_bound - slack) * unit)
+        if info is None or info.primal_solution_status != _FEASIBLE:
+            break
+        taken = np.zeros(len(core), dtype=np.bool_)
+        taken[core] = np.asarray(x.value)[: core.sum()] > 0.5
+        choice = _choice(program, taken)
+        if budget.admits(total_cost(problem, choice)):
+            return choice, bound
+        rows.append(cp.Constant(np.ones(taken.sum())) @ x[np.flatnonzero(taken[core])] <= taken.sum() - 1)
+    return None, bound
+
+
+def _objective(
+    program: _Program, columns: Indices, primary: int, least: float, tie_weight: float
+) -> tuple[Floats, float, float]:
+    """Coefficients of `columns`, the primary cost of one unit of them, and the most that the tie-breaking terms add, in units.
+
+    The unit is the bound `least`, so that the optimum is near one, unless the coefficients would be too far apart.
+    """
+    peak = float(np.abs(program.costs[primary, columns]).max()) or 1.0
+    unit = least if least > 1e-6 * peak else peak
+    coefficients = program.costs[primary, columns] / unit
+    options = columns[columns < len(program.group)]
+    for index, cost in enumerate(program.costs):
+        most = _per_group(np.maximum, cost[options], program.group[options]).sum() + cost[len(program.group) : -1].sum()
+        if index != primary and most > 0:
+            coefficients[:-1] += cost[columns[:-1]] * (tie_weight / most)
+    return coefficients, unit, (len(QUANTITIES) - 1) * tie_weight
+
+
+def _per_group(reduce: np.ufunc, values: Floats, group: Indices) -> Floats:
+    """(groups,): `values` (options,) reduced over each run of equal `group`."""
+    starts = np.flatnonzero(np.diff(group, prepend=-1))
+    return np.asarray(reduce.reduceat(values, starts)) if len(starts) else np.zeros(0)
+
+
+def _run(model: cp.Problem, deadline_s: float, options: Mapping[str, float]) -> Any:
+    """Solve with HiGHS; its `HighsInfo`, or None when the model is infeasible (every variable is bounded: never unbounded)."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # cvxpy's advice at a time limit; `HighsInfo` says what there is
+        model.solve(solver=cp.HIGHS, time_limit=max(deadline_s - time.perf_counter(), 0.01), **options)  # type: ignore[no-untyped-call]
+    if model.status in (cp.INFEASIBLE, cp.settings.INFEASIBLE_OR_UNBOUNDED):
+        return None
+    return model.solver_stats.extra_stats
