@@ -6,12 +6,15 @@ predicted are the bytes that will be written.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, parser
+
+Attributes = Mapping[str, int | float | str | list[int]]
+"""Attributes of a node, by name."""
 
 DOMAIN = "intaglio"
 """The domain of the decode programs, carried in the model as local functions."""
@@ -54,19 +57,25 @@ class Program:
         """The function for a model of the given default-domain opset."""
         return parser.parse_function(f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n{self.name} {self.text}')
 
-    def inline(self, call: NodeProto, opset: int) -> list[NodeProto]:
-        """The nodes that one call stands for, for models too old (IR < 8) to carry functions."""
+    def inline(self, call: NodeProto, opset: int, fresh: Callable[[str], str]) -> list[NodeProto]:
+        """The nodes that one call stands for, for models too old (IR < 8) to carry functions.
+
+        Args:
+            call: a call of this program.
+            opset: version of the model's default domain.
+            fresh: makes a new value name from a name of the function's body.
+        """
         function = self.function(opset)
-        output = call.output[0]
-        rename = dict(zip(function.input, call.input, strict=True)) | {function.output[0]: output}
+        rename = dict(zip([*function.input, *function.output], [*call.input, *call.output], strict=True))
+        rename |= {name: fresh(name) for body_node in function.node for name in body_node.output if name not in rename}
         given = {attribute.name: attribute for attribute in call.attribute}
         nodes = []
         for body_node in function.node:
             node = NodeProto()
             node.CopyFrom(body_node)
             del node.input[:], node.output[:], node.attribute[:]
-            node.input.extend(rename.get(name, f"{output}.{name}") for name in body_node.input)
-            node.output.extend(rename.get(name, f"{output}.{name}") for name in body_node.output)
+            node.input.extend(rename[name] for name in body_node.input)
+            node.output.extend(rename[name] for name in body_node.output)
             for attribute in body_node.attribute:
                 copy = AttributeProto()
                 copy.CopyFrom(given[attribute.ref_attr_name] if attribute.ref_attr_name else attribute)
@@ -104,8 +113,12 @@ class Emitter:
     _used: set[str] = field(default_factory=set)
 
     def name(self, suffix: str) -> str:
-        """A value name that neither the model nor this replacement uses yet."""
-        stem = f"{self.target.stem}.{suffix.lstrip('.')}"
+        """A value name that neither the model nor this replacement uses yet.
+
+        Dots of the suffix become underscores, so that replacements with different stems never make the same name: the last dot of a
+        name tells where its stem ends ("a" with "0.q" makes "a.0_q", "a.0" with "q" makes "a.0.q").
+        """
+        stem = f"{self.target.stem}.{suffix.strip('.').replace('.', '_')}"
         name, count = stem, 1
         while name in self.target.taken or name in self._used:
             name, count = f"{stem}_{count}", count + 1
@@ -129,15 +142,29 @@ class Emitter:
         output: str | None = None,
         *,
         domain: str = "",
-        attributes: dict[str, int | float | str | list[int]] | None = None,
+        attributes: Attributes | None = None,
     ) -> str:
         """Add a node with one output; the output's name is made up when not given."""
         output = output or self.name(op_type.lower())
-        self.nodes.append(helper.make_node(op_type, list(inputs), [output], domain=domain, **(attributes or {})))
+        self.nodes.append(_node(op_type, inputs, output, domain, attributes or {}))
         return output
 
-    def copy(self, original: NodeProto, changes: dict[int, str], *, drop: Sequence[str] = (), attributes: dict[str, list[int] | int] | None = None) -> None:
-        """Add a copy of a node of the model that keeps its name and outputs, with some inputs and attributes replaced."""
+    def copy(
+        self,
+        original: NodeProto,
+        changes: Mapping[int, str],
+        *,
+        drop: Sequence[str] = (),
+        attributes: Attributes | None = None,
+    ) -> None:
+        """Add a copy of a node of the model that keeps its name and outputs, with some inputs and attributes replaced.
+
+        Args:
+            original: the node.
+            changes: new names, by input position.
+            drop: attributes that the copy does not have.
+            attributes: attributes that replace the original's, or are added.
+        """
         node = NodeProto()
         node.CopyFrom(original)
         for index, name in changes.items():
@@ -148,16 +175,22 @@ class Emitter:
         node.attribute.extend(helper.make_attribute(name, value) for name, value in (attributes or {}).items())
         self.nodes.append(node)
 
-    def call(self, program: Program, inputs: Sequence[str], output: str | None, attributes: dict[str, int | float | str | list[int]]) -> str:
+    def call(self, program: Program, inputs: Sequence[str], output: str | None, attributes: Attributes) -> str:
         """Add a call of a decode program: one node where the model can carry functions, the body's nodes where it cannot."""
         output = output or self.name("w")
-        call = helper.make_node(program.name, list(inputs), [output], domain=DOMAIN, **attributes)
+        call = _node(program.name, inputs, output, DOMAIN, attributes)
         if self.target.functions:
             self.programs[program.name] = program
             self.nodes.append(call)
         else:
-            self.nodes.extend(program.inline(call, self.target.opset))
+            self.nodes.extend(program.inline(call, self.target.opset, self.name))
         return output
+
+
+def _node(op_type: str, inputs: Sequence[str], output: str, domain: str, attributes: Attributes) -> NodeProto:
+    node = helper.make_node(op_type, list(inputs), [output], domain=domain)
+    node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+    return node
 
 
 def onnx_type(dtype: np.dtype[np.generic]) -> int:

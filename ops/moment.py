@@ -32,17 +32,26 @@ class Moment:
         """Whether only the diagonal is held."""
         return self.matrix.ndim == 2
 
+    @property
+    def diag(self) -> Float64:
+        """Mean square of each input, (groups, n): a view."""
+        return self.matrix if self.diagonal else np.diagonal(self.matrix, axis1=1, axis2=2)
+
     def regularized(self, ridge: float = 0.01) -> Moment:
         """A + ridge·mean(diag A)·I: keeps directions that the calibration data never showed from being free (METHODS.md, section 5)."""
+        mean = self.diag.mean(1, keepdims=True)
+        shift = ridge * np.where(mean > 0, mean, 1.0)  # an input that was always zero still gets a metric
+        matrix = self.matrix.copy()
         if self.diagonal:
-            return Moment(self.matrix + ridge * self.matrix.mean(1, keepdims=True), self.rows)
-        mean = np.trace(self.matrix, axis1=1, axis2=2) / self.matrix.shape[1]
-        mean = np.where(mean > 0, mean, 1.0)
-        return Moment(self.matrix + (ridge * mean)[:, None, None] * np.eye(self.matrix.shape[1]), self.rows)
+            matrix += shift
+        else:
+            index = np.arange(matrix.shape[1])
+            matrix[:, index, index] += shift
+        return Moment(matrix, self.rows)
 
     def times(self, weight: Float64) -> Float64:
         """W·A for W of shape (groups, k, n)."""
-        return weight * self.matrix[:, None, :] if self.diagonal else weight @ self.matrix
+        return np.asarray(weight * self.matrix[:, None, :] if self.diagonal else weight @ self.matrix)
 
     def energy(self, weight: Float64) -> float:
         """tr(W A Wᵀ), summed over groups: the mean square of the layer's output."""
@@ -51,7 +60,7 @@ class Moment:
     def output_gram(self, weight: Float64) -> Float64:
         """W A Wᵀ, (groups, m, m)."""
         gram = self.times(weight) @ weight.transpose(0, 2, 1)
-        return 0.5 * (gram + gram.transpose(0, 2, 1))
+        return np.asarray(0.5 * (gram + gram.transpose(0, 2, 1)))
 
 
 def relative_error(weight: Float64, approximation: Float64, moment: Moment) -> float:

@@ -42,4 +42,4 @@ class MatrixView:
         """(groups, m, n) → stored tensor; the inverse of `matrix`."""
         if self.outputs_first:
             return matrix.reshape(self.shape)
-        return matrix[0].T.reshape(self.shape)
+        return np.asarray(matrix[0].T.reshape(self.shape))

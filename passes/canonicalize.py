@@ -54,8 +54,8 @@ T = TypeVar("T")
 LIMIT_BYTES = 1 << 30
 """Larger models are not given to ONNX Runtime, which holds them in memory several times while it optimises."""
 
-_FOLD_LIMITS_BYTES = (1 << 30, 4 << 10)
-"""Largest constant that may be computed ahead: first anything, then, if that made the file grow, shapes and the like."""
+_SHAPE_BYTES = 4 << 10
+"""Largest constant computed ahead once larger ones made the file grow: enough for shapes and the like."""
 
 _TIED_BYTES = 1 << 10
 """Matrices from this size on that have several readers are hidden from folding, which would give each reader its own copy."""
@@ -174,7 +174,7 @@ def _simplified(proto: ModelProto, store: WeightStore) -> ModelProto | str:
     source = remove_dead(_without_identities(proto))
     visible = _without_tied(_embedded(source, store))
     growth_bytes = 0
-    for fold_limit_bytes in _FOLD_LIMITS_BYTES:
+    for fold_limit_bytes in (size_bytes, min(size_bytes, _SHAPE_BYTES)):  # a constant above the model's size never pays
         optimized = _optimized_offline(visible, fold_limit_bytes)
         if isinstance(optimized, str):
             return optimized
@@ -246,7 +246,8 @@ def _optimized_offline(proto: ModelProto, fold_limit_bytes: int) -> ModelProto |
             ort_errors.NotImplemented,
             ort_errors.RuntimeException,
         ) as error:
-            return "ONNX Runtime cannot load it: " + " ".join(str(error).split())
+            words = " ".join(str(error).split()).split(" : ", 3)[-1]  # after "[ONNXRuntimeError] : 9 : NOT_IMPLEMENTED : "
+            return f"ONNX Runtime cannot load it: {words}"
         return onnx.load(options.optimized_model_filepath)
 
 

@@ -142,8 +142,6 @@ class Executor:
             model.graph.input.append(declared or _boundary(name, (kinds or {})[name], [state[name] for state in states]))
         model.graph.output.extend(source.declared.get(name, onnx.ValueInfoProto(name=name)) for name in segment.outputs)
         used = {name for index in segment.nodes for name in source.reads[index]}
-        if source.proto.ir_version < _IR_OF_OPTIONAL_INPUTS:
-            model.graph.input.extend(source.declared[name] for name in source.initializers if name in used)
         model.graph.sparse_initializer.extend(
             tensor for tensor in source.proto.graph.sparse_initializer if tensor.values.name in used
         )

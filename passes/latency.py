@@ -198,8 +198,8 @@ class MicroBench:
             [index_limit, RUNTIME_VERSION, machine(), list(self.providers), self.threads],
         )
         known = self.cache.get_json(_NAMESPACE, key)
-        if isinstance(known, list) and len(known) == len(models):
-            return [value for value in known if isinstance(value, float)]
+        if isinstance(known, list):
+            return [float(value) for value in known]
         runs = []
         for model in models:
             session = open_session(model, threads=self.threads, providers=self.providers)

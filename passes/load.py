@@ -121,8 +121,9 @@ def _check(proto: onnx.ModelProto, weights: WeightStore) -> None:
             )
     for tensor in tensors(proto):
         weights.check(tensor)
-    skeleton = _lenient_skeleton(proto)
+    skeleton = _skeleton(proto)
     _check_texts(skeleton)
+    _amend(skeleton)
     try:
         onnx.checker.check_model(skeleton)
     except onnx.checker.ValidationError as error:
@@ -154,7 +155,9 @@ def _check_texts(message: Message) -> None:
         if descriptor.type == descriptor.TYPE_STRING:
             for text in [value] if isinstance(value, (str, bytes)) else value:
                 if isinstance(text, bytes):
-                    raise InputError(f"{descriptor.full_name} {text[:40]!r} is not UTF-8, expected text; export the model again")
+                    raise InputError(
+                        f"{descriptor.full_name} {text[:40]!r} is not UTF-8, expected text; export the model again"
+                    )
         elif descriptor.type == descriptor.TYPE_MESSAGE:
             for child in [value] if isinstance(value, Message) else value:
                 _check_texts(child)
@@ -204,19 +207,24 @@ def _graphs(message: Message) -> Iterator[onnx.GraphProto]:
             yield from _graphs(child)
 
 
-def _lenient_skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """A small copy for the checker: tensors empty, and amended where it is stricter than ONNX Runtime.
+def _skeleton(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """A copy whose tensors are empty."""
+    content = b"".join(bytes(piece.read()) for piece in encode(proto, _empty))
+    skeleton: onnx.ModelProto = onnx.ModelProto.FromString(content)
+    return skeleton
 
-    ONNX Runtime needs no import for the domains it brings itself, such as com.microsoft, and no name for a graph.
+
+def _amend(skeleton: onnx.ModelProto) -> None:
+    """Supply what the checker wants and ONNX Runtime does without.
+
+    That is an import for the domains it brings itself, such as com.microsoft, and a name for every graph.
     """
-    skeleton: onnx.ModelProto = onnx.ModelProto.FromString(b"".join(bytes(piece.read()) for piece in encode(proto, _empty)))
     for scope in (skeleton, *skeleton.functions):
         imported = {entry.domain for entry in scope.opset_import}
         used = {node.domain for node in _nodes(scope)}
         scope.opset_import.extend(helper.make_opsetid(domain, 1) for domain in sorted(used - imported - {*_STANDARD_DOMAINS}))
     for graph in _graphs(skeleton):
         graph.name = graph.name or "graph"
-    return skeleton
 
 
 def _empty(tensor: TensorProto, may_move: bool) -> list[Piece]:

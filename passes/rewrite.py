@@ -25,7 +25,6 @@ from .canonicalize import remove_dead
 from .graph import all_names, reads, scopes
 from .model import Model
 from .sites import Site, opset
-from .weights import WeightStore
 
 FUNCTION_IR = 8
 """The IR version from which a model can carry functions."""
@@ -175,8 +174,8 @@ def tensor_proto(name: str, array: Array) -> TensorProto:
 
 
 def ghost_tensor(name: str, spec: Spec) -> TensorProto:
-    """A tensor that has every field of the real one but its payload, for exact sizes."""
-    return WeightStore.ghost(name, spec.shape, onnx_type(spec.dtype), spec.nbytes)
+    """A tensor that has every field of the real one but its payload; read by nobody, sized by a `GhostStore`."""
+    return TensorProto(name=name, dims=spec.shape, data_type=onnx_type(spec.dtype), data_location=TensorProto.EXTERNAL)
 
 
 def _nodes(proto: ModelProto) -> list[NodeProto]:

@@ -1,7 +1,7 @@
 """ONNX Runtime sessions: the one place that imports onnxruntime.
 
-A model given as a proto never needs its files: weights are handed over as arrays (memory maps of external data stay
-memory maps), so a model beyond protobuf's 2 GB loads, and ONNX Runtime opens no path that the model names.
+A model given as a proto never needs its files: weights are handed over as arrays, so a model beyond protobuf's 2 GB loads,
+and ONNX Runtime opens no path that the model names. It copies the arrays: memory maps of external data are read once.
 Everything ONNX Runtime refuses becomes an `InputError` of one line that names the node.
 
 Nothing here changes a model, and telemetry is off before onnxruntime is imported unless the user has set the variable.
@@ -79,7 +79,7 @@ _Message = TypeVar("_Message", onnx.ModelProto, onnx.GraphProto)
 
 @dataclass(frozen=True)
 class Session:
-    """A model that ONNX Runtime has loaded, together with the arrays that back its weights.
+    """A model that ONNX Runtime has loaded; its weights are copies that belong to ONNX Runtime.
 
     Attributes:
         label: what error messages call the model.
@@ -95,7 +95,6 @@ class Session:
     outputs: tuple[str, ...]
     output_types: tuple[str, ...]
     _handle: Any
-    _weights: tuple[Any, ...]  # ONNX Runtime does not own them: they live as long as the session
 
     def run(self, fetches: Sequence[str], values: Mapping[str, Value]) -> list[Value]:
         """Run once and return the named outputs.
@@ -203,7 +202,6 @@ def open_session(
         outputs=tuple(value.name for value in outputs),
         output_types=tuple(value.type for value in outputs),
         _handle=handle,
-        _weights=tuple(injected.values()),
     )
 
 
@@ -252,10 +250,9 @@ def to_array(value: Value) -> np.ndarray:
     if not kind.startswith("tensor("):
         raise InputError(f"a value of type {kind} is no array; fetch a tensor instead")
     try:
-        array: np.ndarray = value.numpy()
+        return np.array(value.numpy())  # a view of memory that may be a fed array's
     except RuntimeError as error:
         raise InputError(f"a value of type {kind} has no array form; fetch a tensor of a whole-byte type instead") from error
-    return array
 
 
 def read_tensor(tensor: TensorProto, weights: WeightStore | None) -> np.ndarray:

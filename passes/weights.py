@@ -136,7 +136,7 @@ class WeightStore:
         if self._spool is not None:
             raise RuntimeError("spooling is already enabled")
         try:
-            self._spool = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed by `close`)
+            self._spool = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
             raise InputError(f"temporary folder {folder}: {error.strerror}; name a folder that can be written") from error
         self._spool_location = f"spool:{os.urandom(8).hex()}"  # no model can guess it, and no file can have it
@@ -159,8 +159,9 @@ class WeightStore:
             offset = self._spool_bytes + -self._spool_bytes % ALIGNMENT_BYTES
             try:
                 self._spool.seek(offset)
-                self._spool.write(payload)
-                self._spool.flush()
+                left = memoryview(payload)
+                while left:  # one unbuffered write may take a part only
+                    left = left[self._spool.write(left) :]
             except OSError as error:
                 raise InputError(
                     f"tensor {name!r}: cannot spool {len(payload)} bytes: {error.strerror}; free space in the temporary folder"

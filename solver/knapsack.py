@@ -107,7 +107,8 @@ class Solution:
         choice: index of the chosen option, per group; empty when infeasible or unknown.
         objective: total of the minimized quantity, in its own unit; inf without a choice.
         bound: no choice within the limits has a smaller objective (up to the solver's tolerance, 1e-7); inf when infeasible.
-        gap: (objective - bound) / |objective|, 0 when they agree; inf without a choice.
+        gap: (objective - bound) / |objective|, 0 when they agree; inf without a choice. Costs of both signs that cancel out to
+            nearly nothing leave a large one.
         seconds: wall time of the search, the report on an infeasible budget included.
         candidates: number of options before any was discarded.
         nearest: what could be promised instead; only when infeasible.
@@ -198,6 +199,7 @@ class _Program:
     that of the whole cost.
 
     Attributes:
+        problem, budget: what it was built for.
         costs: (3, columns), rows in the order of `QUANTITIES`; the last column holds base and group minima.
         group: (options,), the group of each option column.
         option: (options,), the index of each option column in its group.
@@ -207,6 +209,8 @@ class _Program:
         rhs: (limits,).
     """
 
+    problem: Problem
+    budget: Budget
     costs: Floats
     group: Indices
     option: Indices
@@ -214,6 +218,25 @@ class _Program:
     sharing: sp.csr_array
     limits: Floats
     rhs: Floats
+
+    @property
+    def minimized(self) -> int:
+        """Index of the minimized quantity."""
+        return QUANTITIES.index(self.budget.minimize)
+
+    def choice(self, taken: Mask) -> tuple[int, ...]:
+        """The first taken option of each group; `taken` (options,) holds at least one per group."""
+        columns = np.flatnonzero(taken)
+        _, firsts = np.unique(self.group[columns], return_index=True)
+        return tuple(self.option[columns[firsts]].tolist())
+
+    def admits(self, choice: tuple[int, ...]) -> bool:
+        """Whether the exact cost of `choice` keeps every limit."""
+        return self.budget.admits(total_cost(self.problem, choice))
+
+    def objective(self, choice: tuple[int, ...]) -> float:
+        """The exact total of the minimized quantity."""
+        return total_cost(self.problem, choice).values()[self.minimized]
 
 
 @dataclass(frozen=True)
@@ -257,6 +280,8 @@ def _program(problem: Problem, budget: Budget) -> _Program | None:
     peak = rows.max(axis=1, initial=0.0)
     scale = _ROW_SCALE / np.where(peak > 0, peak, _ROW_SCALE)
     return _Program(
+        problem=problem,
+        budget=budget,
         costs=columns,
         group=group,
         option=option,
@@ -296,49 +321,24 @@ def _search(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -
     program = _program(problem, budget)
     if program is None:
         return _report(problem, budget, None, math.inf, gap)
-    primary = program.costs[QUANTITIES.index(budget.minimize)]
-    relaxed = _relax(program, primary, deadline_s)
-    if relaxed is None:
+    multipliers = _relax(program, deadline_s)
+    if multipliers is None:
         return _report(problem, budget, None, math.inf, gap)
-    least, reduced = _lagrangian(program, primary, relaxed)
+    least, reduced = _lagrangian(program, multipliers)
 
-    first = _choice(program, reduced == 0)
-    best = first if budget.admits(total_cost(problem, first)) else None
-    bound = max(least, float(primary[-1]))
+    bound = max(least, float(program.costs[program.minimized, -1]))
+    found = [choice for choice in [program.choice(reduced == 0)] if program.admits(choice)]
     radius = 10 * gap * abs(least)
-    tie_weight = _TIE_WEIGHT * gap
     while True:
         core = reduced <= radius
-        choice, proved = _solve_core(problem, budget, program, core, least, gap, tie_weight, deadline_s)
+        choice, proved = _solve_core(program, core, least, gap, deadline_s)
         bound = max(bound, proved if core.all() else min(proved, least + radius))
-        best = _better(problem, budget, best, choice)
+        found += [] if choice is None else [choice]
+        best = min(reversed(found), key=program.objective, default=None)
         solution = _report(problem, budget, best, bound, gap)
-        if solution.status in ("optimal", "infeasible") or time.perf_counter() >= deadline_s:
+        if solution.status in ("optimal", "infeasible") or core.all() or time.perf_counter() >= deadline_s:
             return solution
-        if not core.all():
-            radius = solution.objective - least if solution.objective - least > radius else math.inf
-        elif tie_weight:
-            tie_weight = 0.0  # costs that cancel out to almost nothing leave no room for ties
-        else:
-            return solution
-
-
-def _choice(program: _Program, taken: Mask) -> tuple[int, ...]:
-    """The first taken option of each group; `taken` (options,) holds at least one per group."""
-    columns = np.flatnonzero(taken)
-    _, firsts = np.unique(program.group[columns], return_index=True)
-    return tuple(program.option[columns[firsts]].tolist())
-
-
-def _better(
-    problem: Problem, budget: Budget, best: tuple[int, ...] | None, choice: tuple[int, ...] | None
-) -> tuple[int, ...] | None:
-    """The choice with the smaller objective, the second one of equals."""
-    if best is None or choice is None:
-        return best if choice is None else choice
-    primary = QUANTITIES.index(budget.minimize)
-    old, new = (total_cost(problem, candidate).values()[primary] for candidate in (best, choice))
-    return choice if new <= old else best
+        return solution
 
 
 def _report(problem: Problem, budget: Budget, choice: tuple[int, ...] | None, bound: float, gap: float) -> Solution:
@@ -371,9 +371,10 @@ def _nearest(problem: Problem, budget: Budget, gap: float, time_limit_s: float) 
     return Nearest(None if size_bytes is None else int(size_bytes), latency_s, divergence, tuple(alone))
 
 
-def _relax(program: _Program, primary: Floats, deadline_s: float) -> _Multipliers | None:
+def _relax(program: _Program, deadline_s: float) -> _Multipliers | None:
     """Multipliers of the linear relaxation; None when it is infeasible. Zeros when time is up."""
-    x = cp.Variable(program.costs.shape[1], bounds=[0, 1])
+    primary = program.costs[program.minimized]
+    x = cp.Variable(len(primary), bounds=[0, 1])
     sharing: cp.Constraint = cp.Constant(program.sharing) @ x <= 0
     limits: cp.Constraint = cp.Constant(program.limits) @ x <= program.rhs
     unit = float(np.abs(primary).max()) or 1.0
@@ -384,11 +385,12 @@ def _relax(program: _Program, primary: Floats, deadline_s: float) -> _Multiplier
     return _Multipliers(*duals)
 
 
-def _lagrangian(program: _Program, primary: Floats, multipliers: _Multipliers) -> tuple[float, Floats]:
+def _lagrangian(program: _Program, multipliers: _Multipliers) -> tuple[float, Floats]:
     """Bound on the primary cost for any multipliers >= 0, and the (options,) least increase of it when an option is chosen.
 
     Plain arithmetic on the data: valid whatever the accuracy of the solver that proposed the multipliers.
     """
+    primary = program.costs[program.minimized]
     sharing, limits = np.maximum(multipliers.sharing, 0.0), np.maximum(multipliers.limits, 0.0)
     priced = primary + program.sharing.T @ sharing + program.limits.T @ limits
     options = len(program.group)
@@ -399,18 +401,11 @@ def _lagrangian(program: _Program, primary: Floats, multipliers: _Multipliers) -
 
 
 def _solve_core(
-    problem: Problem,
-    budget: Budget,
-    program: _Program,
-    core: Mask,
-    least: float,
-    gap: float,
-    tie_weight: float,
-    deadline_s: float,
+    program: _Program, core: Mask, least: float, gap: float, deadline_s: float
 ) -> tuple[tuple[int, ...] | None, float]:
     """The best choice of options in the core, None if none was found, and a bound on the primary cost over the core."""
     columns = np.flatnonzero(np.append(core, np.ones(program.costs.shape[1] - len(core), dtype=np.bool_)))
-    objective, unit, slack = _objective(program, columns, QUANTITIES.index(budget.minimize), least, tie_weight)
+    objective, unit, slack = _objective(program, columns, least, _TIE_WEIGHT * gap)
     x = cp.Variable(len(columns), boolean=True)
     partition, sharing, limits = (cp.Constant(m[:, columns]) @ x for m in (program.partition, program.sharing, program.limits))
     rows: list[cp.Constraint] = [partition == 1, sharing <= 0]
@@ -426,27 +421,26 @@ def _solve_core(
             break
         taken = np.zeros(len(core), dtype=np.bool_)
         taken[core] = np.asarray(x.value)[: core.sum()] > 0.5
-        choice = _choice(program, taken)
-        if budget.admits(total_cost(problem, choice)):
+        choice = program.choice(taken)
+        if program.admits(choice):
             return choice, bound
         rows.append(cp.Constant(np.ones(taken.sum())) @ x[np.flatnonzero(taken[core])] <= taken.sum() - 1)
     return None, bound
 
 
-def _objective(
-    program: _Program, columns: Indices, primary: int, least: float, tie_weight: float
-) -> tuple[Floats, float, float]:
+def _objective(program: _Program, columns: Indices, least: float, tie_weight: float) -> tuple[Floats, float, float]:
     """Coefficients of `columns`, the primary cost of one unit of them, and the most that the tie-breaking terms add, in units.
 
     The unit is the bound `least`, so that the optimum is near one, unless the coefficients would be too far apart.
     """
-    peak = float(np.abs(program.costs[primary, columns]).max()) or 1.0
-    unit = least if least > 1e-6 * peak else peak
-    coefficients = program.costs[primary, columns] / unit
+    primary = program.costs[program.minimized, columns]
+    peak = float(np.abs(primary).max()) or 1.0
+    unit = abs(least) if abs(least) > 1e-6 * peak else peak
+    coefficients = primary / unit
     options = columns[columns < len(program.group)]
     for index, cost in enumerate(program.costs):
         most = _per_group(np.maximum, cost[options], program.group[options]).sum() + cost[len(program.group) : -1].sum()
-        if index != primary and most > 0:
+        if index != program.minimized and most > 0:
             coefficients[:-1] += cost[columns[:-1]] * (tie_weight / most)
     return coefficients, unit, (len(QUANTITIES) - 1) * tie_weight
 

@@ -1,64 +1,127 @@
-"""Alternating least squares for W ≈ U·P(V), where the prefix P depends linearly on a factor V.
+"""Alternating least squares for W ≈ U·(V ⊗ I), which Tucker-2 and the separable form are both instances of.
 
-Both Tucker-2 and the separable form have no closed form in a metric A. Given V, U is linear least squares (`least_squares`); given U, the
-normal equations for V are solved by conjugate gradients without ever being formed. Neither step can raise the error.
+The n inputs of a kernel fall into (inner, position) pairs. V (r, inner) mixes the inner index and leaves the positions alone, so the prefix
+is P = V ⊗ I of shape (r·positions, n). For Tucker-2 inner is the channel; for the separable form it is (channel, row), the positions are
+the columns. In a metric A neither has a closed form, but given V the best U is linear least squares (`regress`), and given U the best V is
+approached by conjugate gradients whose normal equations are never formed (`update_factor`). Neither step can raise the error.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import numpy as np
 
 from ..moment import Moment
-from .base import Float64
+from .base import SOLVE_RIDGE
+from .linalg import Float64, lower_root, solve_lower
+from .lowrank import factorize
+
+SWEEPS = 2
+"""Rounds of alternating least squares; the error falls little after the second."""
+
+STEPS = 6
+"""Conjugate gradient steps in a round."""
+
+NEGLIGIBLE = 1e-6
+"""A step that lowers the relative error by less than this is the last one of its round."""
 
 
-class Lift(Protocol):
-    """The linear map V → P and its adjoint, for one group."""
-
-    def times(self, factor: Float64, metric: Float64) -> Float64:
-        """P(V)·A as (q, n), for A (n, n)."""
-        ...
-
-    def adjoint(self, gradient: Float64) -> Float64:
-        """(q, n) → the shape of V."""
-        ...
+def metric_of(moment: Moment) -> Float64:
+    """The full matrix A (n, n) of a moment with one group."""
+    return np.diag(moment.matrix[0]) if moment.diagonal else moment.matrix[0]
 
 
-def update_factor(lift: Lift, factor: Float64, outputs: Float64, weight: Float64, moment: Moment, steps: int = 8) -> Float64:
-    """Conjugate gradients on ‖(W − U·P(V))A½‖² over V, from the given V.
+def lift(factor: Float64, right: Float64) -> Float64:
+    """P·right without forming P: (r, inner) and (inner·positions, k) → (r·positions, k)."""
+    return np.asarray((factor @ right.reshape(factor.shape[1], -1)).reshape(-1, right.shape[1]))
+
+
+def compose(outputs: Float64, factor: Float64) -> Float64:
+    """U·P as (m, n), for outputs U (m, r·positions) and factor V (r, inner)."""
+    m = len(outputs)
+    folded = outputs.reshape(m, len(factor), -1).transpose(0, 2, 1)
+    return np.asarray((folded @ factor).transpose(0, 2, 1).reshape(m, -1))
+
+
+def pull(outputs: Float64, image: Float64, rank: int) -> Float64:
+    """The adjoint of `compose` in V: (m, n) → (r, inner)."""
+    m = len(outputs)
+    folded = outputs.reshape(m, rank, -1)
+    return np.tensordot(folded, image.reshape(m, -1, folded.shape[2]), axes=((0, 2), (0, 2)))
+
+
+def start(weight: Float64, metric: Float64, inner: int, rank: int) -> Float64:
+    """V (rank, inner) with orthonormal rows: the best low-rank factor when each position is an output of its own, in the mean metric.
+
+    The first r rows are the start for rank r.
 
     Args:
-        lift: V → P.
-        factor: V, any shape.
-        outputs: U, (m, q).
         weight: W, (m, n).
-        moment: a full moment of one group.
-        steps: most iterations.
+        metric: A, (n, n).
+        inner: size of the inner index.
+        rank: at most min(inner, m·positions).
     """
-    metric = moment.matrix[0]
-    gram = outputs.T @ outputs
-    residual = lift.adjoint(outputs.T @ (weight @ metric) - gram @ lift.times(factor, metric))
+    positions = weight.shape[1] // inner
+    mean = np.einsum("ikjk->ij", metric.reshape(inner, positions, inner, positions)) / positions
+    unfolded = weight.reshape(-1, inner, positions).transpose(0, 2, 1).reshape(1, -1, inner)
+    first, _ = factorize(unfolded, Moment(mean[None], 0), rank)
+    return orthonormal(first[0])
+
+
+def orthonormal(factor: Float64) -> Float64:
+    """Orthonormal rows of the same span: a change of basis that the outputs take up."""
+    return np.asarray(np.linalg.qr(factor.T)[0].T)
+
+
+@dataclass(frozen=True)
+class Regression:
+    """Least squares of W on a prefix P in the metric A.
+
+    Attributes:
+        root: L with L·Lᵀ = P·A·Pᵀ, lower triangular (q, q).
+        explained: Y = L⁻¹·P·A·Wᵀ, (q, m). The first r·positions rows belong to the first r rows of V; their Yᵀ·Y is the output second
+            moment that the best U keeps, and its trace the energy.
+    """
+
+    root: Float64
+    explained: Float64
+
+    def outputs(self) -> Float64:
+        """U, (m, q)."""
+        return solve_lower(self.root, self.explained, transposed=True).T
+
+
+def regress(factor: Float64, weight: Float64, metric: Float64) -> Regression:
+    """Least squares of W (m, n) on P = V ⊗ I in the metric A (n, n)."""
+    image = lift(factor, metric)
+    root = lower_root(lift(factor, image.T), SOLVE_RIDGE)
+    return Regression(root, solve_lower(root, image @ weight.T))
+
+
+def update_factor(factor: Float64, outputs: Float64, weight: Float64, metric: Float64) -> Float64:
+    """Conjugate gradients on ‖(W − U·P)A½‖² over V, from the given V.
+
+    Args:
+        factor: V, (r, inner).
+        outputs: U, (m, r·positions).
+        weight: W, (m, n).
+        metric: A, (n, n).
+    """
+    rank = len(factor)
+    error = (weight - compose(outputs, factor)) @ metric
+    total = float(np.vdot(weight @ metric, weight))
+    residual = pull(outputs, error, rank)
     direction, energy = residual, float(np.vdot(residual, residual))
-    start = energy
-    for _ in range(steps):
-        if energy <= 1e-12 * start or energy == 0:
-            break
-        image = lift.adjoint(gram @ lift.times(direction, metric))
+    for _ in range(STEPS):
+        image = pull(outputs, compose(outputs, direction) @ metric, rank)
         curvature = float(np.vdot(direction, image))
         if curvature <= 0:
             break
         step = energy / curvature
-        factor = factor + step * direction
-        residual = residual - step * image
+        factor, residual = factor + step * direction, residual - step * image
+        if step * energy <= NEGLIGIBLE * total:
+            break
         previous, energy = energy, float(np.vdot(residual, residual))
         direction = residual + (energy / previous) * direction
     return factor
-
-
-def full(moment: Moment, n: int) -> Moment:
-    """The moment as full matrices."""
-    if not moment.diagonal:
-        return moment
-    return Moment(moment.matrix[:, :, None] * np.eye(n), moment.rows)

@@ -10,19 +10,21 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..emit import Emitter
 from ..families import Use
 from ..moment import Moment
 from ..view import MatrixView
+from .linalg import Float64, lower_root, solve_lower
 
-Float64 = NDArray[np.float64]
 Shape = tuple[int, ...]
 Ranks = tuple[int, ...]
 
 RIDGE = 0.01
 """Share of mean(diag A) added to A when factors are fitted (METHODS.md, section 5)."""
+
+SOLVE_RIDGE = 1e-9
+"""Relative ridge of a least-squares problem: makes a prefix that lost rank harmless, and changes nothing else visibly."""
 
 
 class Decomposition(Protocol):
@@ -84,29 +86,21 @@ def rebuild(decomposition: Decomposition, use: Use, ranks: Ranks, factors: Seque
     return decomposition.last_view(use, ranks).matrix(factors[-1]) @ decomposition.prefix(use, factors[:-1])
 
 
-def refit_last(decomposition: Decomposition, weight: Float64, moment: Moment, use: Use, ranks: Ranks, factors: Sequence[Float64]) -> Float64:
+def refit_last(
+    decomposition: Decomposition, weight: Float64, moment: Moment, use: Use, ranks: Ranks, factors: Sequence[Float64]
+) -> Float64:
     """argmin over L of ‖(W − L·P)A½‖² for the prefix P of the given leading factors; in stored layout."""
     prefix = decomposition.prefix(use, factors)
     return decomposition.last_view(use, ranks).stored(least_squares(weight, moment.regularized(RIDGE), prefix))
 
 
 def least_squares(weight: Float64, moment: Moment, prefix: Float64) -> Float64:
-    """W A Pᵀ (P A Pᵀ)⁻¹, (groups, m, q); a relative ridge of 1e-9 makes a prefix that lost rank harmless."""
-    metric = moment.times(prefix)
-    return _solve(metric @ prefix.transpose(0, 2, 1), metric @ weight.transpose(0, 2, 1)).transpose(0, 2, 1)
-
-
-def explained(weight: Float64, moment: Moment, prefix: Float64) -> Float64:
-    """W A Pᵀ (P A Pᵀ)⁻¹ P A Wᵀ, (groups, m, m): the output second moment that the best last factor keeps."""
-    metric = moment.times(prefix)
-    right = metric @ weight.transpose(0, 2, 1)
-    gram = right.transpose(0, 2, 1) @ _solve(metric @ prefix.transpose(0, 2, 1), right)
-    return 0.5 * (gram + gram.transpose(0, 2, 1))
-
-
-def _solve(gram: Float64, right: Float64) -> Float64:
-    ridge = 1e-9 * np.trace(gram, axis1=1, axis2=2)[:, None, None] / gram.shape[1] + np.finfo(np.float64).tiny
-    return np.asarray(np.linalg.solve(gram + ridge * np.eye(gram.shape[1]), right))
+    """W A Pᵀ (P A Pᵀ)⁻¹, (groups, m, q), for weight (groups, m, n) and prefix (groups, q, n)."""
+    result = []
+    for target, row, image in zip(weight, prefix, moment.times(prefix), strict=True):
+        root = lower_root(image @ row.T, SOLVE_RIDGE)
+        result.append(solve_lower(root, solve_lower(root, image @ target.T), transposed=True).T)
+    return np.stack(result)
 
 
 def rank_grid(limit: float, full: int, count: int = 10) -> list[int]:

@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.linalg
 
 from ..emit import Emitter
 from ..families import FAMILIES, Use
 from ..moment import Moment
 from ..view import MatrixView
-from .base import RIDGE, Float64, Ranks, Shape, rank_grid
+from .base import RIDGE, Ranks, Shape, rank_grid
+from .linalg import Float64, balance, lower_root, solve_lower
 
 
 @dataclass(frozen=True)
@@ -104,9 +104,8 @@ class LowRank:
             return
         view = use.view
         operands = [factors[1], factors[0]] if view.outputs_first else [factors[0], factors[1]]
-        product = (view.m, view.n) if view.outputs_first else (view.n, view.m)
-        if view.groups > 1:
-            product = (view.groups, *product)
+        lead = (view.groups,) if view.groups > 1 else ()
+        product = (*lead, view.m, view.n) if view.outputs_first else (view.n, view.m)
         if product == view.shape:
             emitter.node("MatMul", operands, output)
         else:
@@ -122,12 +121,7 @@ def spectrum(weight: Float64, moment: Moment) -> Float64:
         moment: the input metric.
     """
     m, n = weight.shape[1:]
-    if m <= n:
-        gram = moment.output_gram(weight)
-    else:
-        root = _root(moment)
-        half = weight * root[:, None, :] if root.ndim == 2 else weight @ root
-        gram = half.transpose(0, 2, 1) @ half
+    gram = moment.output_gram(weight) if m <= n else _input_gram(weight, _roots(moment))
     return np.asarray(np.clip(np.linalg.eigvalsh(gram)[:, ::-1], 0, None))
 
 
@@ -135,37 +129,48 @@ def factorize(weight: Float64, moment: Moment, rank: int) -> tuple[Float64, Floa
     """First (groups, r, n) and last (groups, m, r) factor of the best rank-r approximation in the metric.
 
     Each component's scale is shared so that its row of the first and its column of the last factor have equal norms.
+
+    Args:
+        weight: (groups, m, n) float64.
+        moment: the input metric.
+        rank: at most min(m, n).
     """
     m, n = weight.shape[1:]
     if m <= n:
-        last = np.linalg.eigh(moment.output_gram(weight))[1][:, :, ::-1][:, :, :rank]
+        last = _leading(moment.output_gram(weight), rank)
         first = last.transpose(0, 2, 1) @ weight
     else:
-        root = _root(moment)
-        half = weight * root[:, None, :] if root.ndim == 2 else weight @ root
-        right = np.linalg.eigh(half.transpose(0, 2, 1) @ half)[1][:, :, ::-1][:, :, :rank]
-        last = half @ right
-        if root.ndim == 2:
-            first = right.transpose(0, 2, 1) / root[:, None, :]
+        roots = _roots(moment)
+        right = _leading(_input_gram(weight, roots), rank)
+        last = _times_root(weight, roots) @ right
+        if moment.diagonal:
+            first = (right / roots[:, :, None]).transpose(0, 2, 1)
         else:
-            first = np.stack(
-                [scipy.linalg.solve_triangular(lower, part, lower=True, trans=1).T for lower, part in zip(root, right, strict=True)]
-            )
-    balance = np.linalg.norm(first, axis=2), np.linalg.norm(last, axis=1)
-    scale = np.sqrt(np.divide(balance[1], balance[0], out=np.ones_like(balance[0]), where=(balance[0] > 0) & (balance[1] > 0)))
+            first = np.stack([solve_lower(root, part, transposed=True).T for root, part in zip(roots, right, strict=True)])
+    scale = balance(np.linalg.norm(first, axis=2), np.linalg.norm(last, axis=1))
     return first * scale[:, :, None], last / scale[:, None, :]
 
 
-def _root(moment: Moment) -> Float64:
-    """A lower-triangular root of A per group, or the root of its diagonal; nudged until it is positive definite."""
+def _leading(gram: Float64, rank: int) -> Float64:
+    """The eigenvectors of the `rank` largest eigenvalues, (groups, n, rank)."""
+    return np.asarray(np.linalg.eigh(gram)[1][:, :, ::-1][:, :, :rank])
+
+
+def _roots(moment: Moment) -> Float64:
+    """A lower-triangular root of A per group, or the root of its diagonal; made positive definite where A is not."""
     if moment.diagonal:
-        return np.sqrt(np.maximum(moment.matrix, moment.matrix.max() * 1e-12 + np.finfo(np.float64).tiny))
-    ridge = 0.0
-    while True:
-        try:
-            return np.asarray(np.linalg.cholesky(moment.regularized(ridge).matrix))
-        except np.linalg.LinAlgError:
-            ridge = max(1e-10, ridge * 100)
+        return np.asarray(np.sqrt(np.maximum(moment.matrix, moment.matrix.max() * 1e-12 + np.finfo(np.float64).tiny)))
+    return np.stack([lower_root(matrix) for matrix in moment.matrix])
+
+
+def _times_root(weight: Float64, roots: Float64) -> Float64:
+    return np.asarray(weight * roots[:, None, :] if roots.ndim == 2 else weight @ roots)
+
+
+def _input_gram(weight: Float64, roots: Float64) -> Float64:
+    """A½ᵀ Wᵀ W A½, (groups, n, n)."""
+    half = _times_root(weight, roots)
+    return np.asarray(half.transpose(0, 2, 1) @ half)
 
 
 LOW_RANK = LowRank("lowrank", "contract")

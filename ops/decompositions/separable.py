@@ -1,7 +1,7 @@
 """Separable (spatial) decomposition of a two-dimensional kernel: k×1 to r channels, then 1×k (Jaderberg et al., 2014; AIMET's spatial SVD).
 
-W[o, c, i, j] ≈ Σ_r U[o, r, j]·V[r, c, i]. Without a metric this is the SVD of the (c·i) × (o·j) unfolding; with one, that start is
-improved by alternating least squares. The vertical factor carries the vertical stride, dilation and padding, the horizontal one the rest.
+W[o, c, i, j] ≈ Σ_r U[o, r, j]·V[r, c, i]. Without a metric this is the SVD of the (o·j) × (c·i) unfolding; with one, the same in the
+metric's mean over j is the start of alternating least squares. The vertical factor carries the vertical stride, dilation and padding, the horizontal one the rest.
 """
 
 from __future__ import annotations
@@ -15,35 +15,9 @@ from ..emit import Emitter
 from ..families import Use
 from ..moment import Moment
 from ..view import MatrixView
-from .als import full, update_factor
-from .base import RIDGE, Float64, Ranks, Shape, explained, least_squares, rank_grid
-
-SWEEPS = 2
-"""Rounds of alternating least squares; the error falls little after the second."""
-
-
-@dataclass(frozen=True)
-class _Lift:
-    """V (r, c, i) → P ((r, j), (c, i, j'))."""
-
-    rank: int
-    channels: int
-    kernel: tuple[int, int]
-
-    def times(self, factor: Float64, metric: Float64) -> Float64:
-        rows, columns = self.kernel
-        n = metric.shape[1]
-        folded = metric.reshape(self.channels * rows, columns * n)
-        return (factor.reshape(self.rank, -1) @ folded).reshape(self.rank * columns, n)
-
-    def adjoint(self, gradient: Float64) -> Float64:
-        rows, columns = self.kernel
-        folded = gradient.reshape(self.rank, columns, self.channels, rows, columns)
-        return np.einsum("rjcij->rci", folded)
-
-    def matrix(self, factor: Float64) -> Float64:
-        rows, columns = self.kernel
-        return np.einsum("rci,jk->rjcik", factor, np.eye(columns)).reshape(self.rank * columns, -1)
+from .als import SWEEPS, metric_of, orthonormal, regress, start, update_factor
+from .base import RIDGE, Ranks, Shape, rank_grid
+from .linalg import Float64, balance
 
 
 @dataclass(frozen=True)
@@ -72,25 +46,15 @@ class Separable:
         m, c, rows, columns = use.view.shape
         return (min(c * rows, m * columns),)
 
-    def _start(self, weight: Float64, moment: Moment, use: Use, rank: int) -> Float64:
-        """Leading vertical components of W, each input channel and row weighted by its energy: (r, c, i)."""
-        m, c, rows, columns = use.view.shape
-        energy = moment.matrix[0] if moment.diagonal else np.diagonal(moment.matrix[0])
-        scale = np.sqrt(np.maximum(energy.reshape(c, rows, columns).mean(2), np.finfo(np.float64).tiny))
-        unfolded = (weight[0].reshape(m, c, rows, columns) * scale[None, :, :, None]).transpose(1, 2, 0, 3).reshape(c * rows, m * columns)
-        vectors = np.linalg.eigh(unfolded @ unfolded.T)[1][:, ::-1][:, :rank]
-        return np.asarray(vectors.T.reshape(rank, c, rows) * scale)
-
     def errors(self, weight: Float64, moment: Moment, use: Use, ranks: Sequence[Ranks]) -> list[float]:
-        """From the start, before the alternating sweeps: an upper bound."""
+        """From the start, before the alternating sweeps: an upper bound. One regression prices every rank."""
         total = moment.energy(weight)
-        start = self._start(weight, moment, use, max(r for (r,) in ranks)) if ranks else None
-        result = []
-        for (rank,) in ranks:
-            lift = self._lift(use, rank)
-            kept = explained(weight, moment, lift.matrix(start[:rank] if start is not None else np.zeros(0))[None])
-            result.append(max(0.0, 1 - float(np.trace(kept[0])) / total) if total > 0 else 0.0)
-        return result
+        if not ranks or total <= 0:
+            return [0.0] * len(ranks)
+        metric, (_, c, rows, columns) = metric_of(moment), use.view.shape
+        factor = start(weight[0], metric, c * rows, max(r for (r,) in ranks))
+        kept = np.cumsum(np.square(regress(factor, weight[0], metric).explained).sum(axis=1))
+        return [max(0.0, 1 - float(kept[r * columns - 1]) / total) for (r,) in ranks]
 
     def shapes(self, use: Use, ranks: Ranks) -> tuple[Shape, ...]:
         """(r, c, i, 1) and (o, r, 1, j)."""
@@ -103,23 +67,20 @@ class Separable:
 
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Alternating least squares from the weighted SVD."""
-        moment = full(moment.regularized(RIDGE), use.view.n)
-        lift = self._lift(use, ranks[0])
-        factor = self._start(weight, moment, use, ranks[0])
-        outputs = least_squares(weight, moment, lift.matrix(factor)[None])
+        metric, (m, c, rows, _) = metric_of(moment.regularized(RIDGE)), use.view.shape
+        factor = start(weight[0], metric, c * rows, ranks[0])
+        outputs = regress(factor, weight[0], metric).outputs()
         for _ in range(SWEEPS):
-            factor = update_factor(lift, factor, outputs[0], weight[0], moment)
-            outputs = least_squares(weight, moment, lift.matrix(factor)[None])
+            factor = orthonormal(update_factor(factor, outputs, weight[0], metric))
+            outputs = regress(factor, weight[0], metric).outputs()
         shapes = self.shapes(use, ranks)
-        norms = np.linalg.norm(factor, axis=(1, 2)), np.linalg.norm(outputs.reshape(use.view.m, ranks[0], -1), axis=(0, 2))
-        scale = np.sqrt(np.divide(norms[1], norms[0], out=np.ones_like(norms[0]), where=(norms[0] > 0) & (norms[1] > 0)))
-        first, last = factor.reshape(shapes[0]), outputs[0].reshape(shapes[1])
-        return first * scale[:, None, None, None], last / scale[None, :, None, None]
+        scale = balance(np.linalg.norm(factor, axis=1), np.linalg.norm(outputs.reshape(m, ranks[0], -1), axis=(0, 2)))
+        first, last = factor * scale[:, None], outputs.reshape(m, ranks[0], -1) / scale[:, None]
+        return first.reshape(shapes[0]), last.reshape(shapes[1])
 
     def prefix(self, use: Use, factors: Sequence[Float64]) -> Float64:
         """The vertical factor at every horizontal position."""
-        rank = factors[0].shape[0]
-        return self._lift(use, rank).matrix(factors[0].reshape(rank, *use.view.shape[1:3]))[None]
+        return np.asarray(np.kron(factors[0].reshape(len(factors[0]), -1), np.eye(use.view.shape[3]))[None])
 
     def last_view(self, use: Use, ranks: Ranks) -> MatrixView:
         """(o, (r, j))."""
@@ -129,7 +90,7 @@ class Separable:
     def emit(self, emitter: Emitter, use: Use, factors: Sequence[str], output: str) -> None:
         """The geometry is split by axis; auto_pad works on each axis by itself."""
         vertical: dict[str, int | float | str | list[int]] = {}
-        horizontal: dict[str, list[int] | int] = {}
+        horizontal: dict[str, int | float | str | list[int]] = {}
         for name, neutral in (("strides", 1), ("dilations", 1)):
             values = use.ints(name, [1, 1])
             vertical[name], horizontal[name] = [values[0], neutral], [neutral, values[1]]
@@ -144,10 +105,6 @@ class Separable:
             horizontal["kernel_shape"] = [1, use.view.shape[3]]
         hidden = emitter.node("Conv", [use.node.input[0], factors[0]], attributes=vertical)
         emitter.copy(use.node, {0: hidden, 1: factors[1]}, drop=drop, attributes=horizontal)
-
-    @staticmethod
-    def _lift(use: Use, rank: int) -> _Lift:
-        return _Lift(rank, use.view.shape[1], (use.view.shape[2], use.view.shape[3]))
 
 
 SEPARABLE = Separable()

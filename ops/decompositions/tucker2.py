@@ -17,30 +17,9 @@ from ..families import Use
 from ..families.conv import CONV, GEOMETRY
 from ..moment import Moment
 from ..view import MatrixView
-from .als import full, update_factor
-from .base import RIDGE, Float64, Ranks, Shape, explained, least_squares, rank_grid
-
-SWEEPS = 2
-"""Rounds of alternating least squares; the error falls little after the second."""
-
-
-@dataclass(frozen=True)
-class _Lift:
-    """V (r₁, c) → P ((r₁, k), (c, k'))."""
-
-    rank: int
-    channels: int
-    positions: int
-
-    def times(self, factor: Float64, metric: Float64) -> Float64:
-        n = metric.shape[1]
-        return (factor @ metric.reshape(self.channels, self.positions * n)).reshape(self.rank * self.positions, n)
-
-    def adjoint(self, gradient: Float64) -> Float64:
-        return np.einsum("rkck->rc", gradient.reshape(self.rank, self.positions, self.channels, self.positions))
-
-    def matrix(self, factor: Float64) -> Float64:
-        return np.kron(factor, np.eye(self.positions))
+from .als import SWEEPS, Regression, compose, metric_of, orthonormal, regress, start, update_factor
+from .base import RIDGE, Ranks, Shape, rank_grid
+from .linalg import Float64, balance
 
 
 @dataclass(frozen=True)
@@ -62,8 +41,7 @@ class Tucker2:
 
     def grid(self, use: Use) -> list[Ranks]:
         """Input and output ranks at like shares of their full ranks, and one step to either side."""
-        m, c = use.view.shape[:2]
-        inputs, outputs = rank_grid(c, c, 6), rank_grid(m, m, 6)
+        inputs, outputs = (rank_grid(full, full, 6) for full in self.full(use))
         size = int(np.prod(use.view.shape))
         pairs = {
             (r1, r2)
@@ -74,34 +52,23 @@ class Tucker2:
         return sorted(pair for pair in pairs if sum(int(np.prod(s)) for s in self.shapes(use, pair)) < size)
 
     def full(self, use: Use) -> Ranks:
-        """(c, o)."""
-        return use.view.shape[1], use.view.shape[0]
-
-    def _start(self, weight: Float64, moment: Moment, use: Use, rank: int) -> Float64:
-        """Leading input-channel components of W, each channel weighted by its energy: (r₁, c)."""
-        m, c = use.view.shape[:2]
-        unfolded = weight[0].reshape(m, c, -1)
-        if moment.diagonal:
-            metric = np.diag(moment.matrix[0].reshape(c, -1).mean(1))
-        else:
-            metric = np.einsum("ckdk->cd", moment.matrix[0].reshape(c, unfolded.shape[2], c, -1)) / unfolded.shape[2]
-        values, vectors = np.linalg.eigh(metric)
-        keep = np.maximum(values, values.max() * 1e-8 + np.finfo(np.float64).tiny)
-        root, inverse = (vectors * np.sqrt(keep)) @ vectors.T, (vectors / np.sqrt(keep)) @ vectors.T
-        half = np.einsum("mck,cd->mkd", unfolded, root).reshape(-1, c)
-        leading = np.linalg.eigh(half.T @ half)[1][:, ::-1][:, :rank]
-        return np.asarray(leading.T @ inverse)
+        """(c, o), or less where the other axes together are shorter."""
+        m, c, *kernel = use.view.shape
+        return min(c, m * int(np.prod(kernel))), min(m, c * int(np.prod(kernel)))
 
     def errors(self, weight: Float64, moment: Moment, use: Use, ranks: Sequence[Ranks]) -> list[float]:
-        """From the start, before the alternating sweeps: one eigenproblem prices every output rank of an input rank."""
+        """From the start, before the alternating sweeps: an upper bound. One regression prices every input rank, and one eigenproblem
+        every output rank of an input rank."""
         total = moment.energy(weight)
         if not ranks or total <= 0:
             return [0.0] * len(ranks)
-        start = self._start(weight, moment, use, max(r1 for r1, _ in ranks))
+        metric, (_, c, *kernel) = metric_of(moment), use.view.shape
+        factor = start(weight[0], metric, c, max(r1 for r1, _ in ranks))
+        explained = regress(factor, weight[0], metric).explained
         kept: dict[int, Float64] = {}
-        for r1 in sorted({r1 for r1, _ in ranks}):
-            values = np.linalg.eigvalsh(explained(weight, moment, self._lift(use, r1).matrix(start[:r1])[None])[0])
-            kept[r1] = np.cumsum(np.clip(values[::-1], 0, None))
+        for r1 in {r1 for r1, _ in ranks}:
+            part = explained[: r1 * int(np.prod(kernel))]
+            kept[r1] = np.cumsum(np.clip(np.linalg.eigvalsh(part.T @ part)[::-1], 0, None))
         return [max(0.0, 1 - float(kept[r1][r2 - 1]) / total) for r1, r2 in ranks]
 
     def shapes(self, use: Use, ranks: Ranks) -> tuple[Shape, ...]:
@@ -116,28 +83,24 @@ class Tucker2:
 
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Alternating least squares: (U, G) in closed form, V by conjugate gradients."""
-        moment = full(moment.regularized(RIDGE), use.view.n)
-        lift = self._lift(use, ranks[0])
-        factor = self._start(weight, moment, use, ranks[0])
-        outputs, core = self._outputs(weight, moment, lift.matrix(factor)[None], ranks[1])
+        metric = metric_of(moment.regularized(RIDGE))
+        factor = start(weight[0], metric, use.view.shape[1], ranks[0])
+        outputs, core = _reduced(regress(factor, weight[0], metric), ranks[1])
         for _ in range(SWEEPS):
-            factor = update_factor(lift, factor, outputs @ core, weight[0], moment)
-            factor = np.linalg.qr(factor.T)[0].T  # a change of basis that the core takes up
-            outputs, core = self._outputs(weight, moment, lift.matrix(factor)[None], ranks[1])
-        scale = np.sqrt(np.maximum(np.linalg.norm(core, axis=1), np.finfo(np.float64).tiny))
+            factor = orthonormal(update_factor(factor, core, outputs.T @ weight[0], metric))
+            outputs, core = _reduced(regress(factor, weight[0], metric), ranks[1])
+        scale = balance(np.linalg.norm(core, axis=1), np.linalg.norm(outputs, axis=0))
         shapes = self.shapes(use, ranks)
-        return factor.reshape(shapes[0]), (core / scale[:, None]).reshape(shapes[1]), (outputs * scale).reshape(shapes[2])
-
-    @staticmethod
-    def _outputs(weight: Float64, moment: Moment, prefix: Float64, rank: int) -> tuple[Float64, Float64]:
-        """Reduced-rank regression on a prefix: U (o, r₂) with orthonormal columns and G (r₂, q)."""
-        outputs = np.linalg.eigh(explained(weight, moment, prefix)[0])[1][:, ::-1][:, :rank]
-        return outputs, outputs.T @ least_squares(weight, moment, prefix)[0]
+        return (
+            factor.reshape(shapes[0]),
+            (core * scale[:, None]).reshape(shapes[1]),
+            (outputs / scale).reshape(shapes[2]),
+        )
 
     def prefix(self, use: Use, factors: Sequence[Float64]) -> Float64:
         """The core applied to the input factor."""
         r1, r2 = factors[0].shape[0], factors[1].shape[0]
-        return np.einsum("srk,rc->sck", factors[1].reshape(r2, r1, -1), factors[0].reshape(r1, -1)).reshape(1, r2, -1)
+        return compose(factors[1].reshape(r2, -1), factors[0].reshape(r1, -1))[None]
 
     def last_view(self, use: Use, ranks: Ranks) -> MatrixView:
         """(o, r₂)."""
@@ -151,9 +114,11 @@ class Tucker2:
         emitter.nodes[-1].attribute.extend(a for a in use.node.attribute if a.name in GEOMETRY)
         CONV.emit_last(emitter, use, hidden, factors[2])
 
-    @staticmethod
-    def _lift(use: Use, rank: int) -> _Lift:
-        return _Lift(rank, use.view.shape[1], int(np.prod(use.view.shape[2:])))
+
+def _reduced(regression: Regression, rank: int) -> tuple[Float64, Float64]:
+    """Reduced-rank regression: U (o, r₂) with orthonormal columns and G (r₂, q), so that U·G is the best map of rank r₂."""
+    outputs = np.asarray(np.linalg.eigh(regression.explained.T @ regression.explained)[1][:, ::-1][:, :rank])
+    return outputs, outputs.T @ regression.outputs()
 
 
 TUCKER2 = Tucker2()

@@ -12,6 +12,9 @@ from ..view import MatrixView
 
 Shape = tuple[int, ...]
 
+GEMM_WITHOUT_C = 11
+"""The opset from which Gemm's third input is optional."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -29,8 +32,8 @@ class Use:
 
     @property
     def key(self) -> tuple[str, str]:
-        """(domain, op_type)."""
-        return self.node.domain, self.node.op_type
+        """(domain, op_type); "ai.onnx" is another way to write the default domain."""
+        return "" if self.node.domain == "ai.onnx" else self.node.domain, self.node.op_type
 
     def ints(self, name: str, default: list[int]) -> list[int]:
         """An integer-list attribute."""
@@ -72,7 +75,7 @@ class Gram:
 
     Attributes:
         total: the sum of x xᵀ over rows, groups·n·n float32 values; for one-hot inputs the indices themselves, int64.
-        rows: a value with groups·n entries per row, from whose size the number of rows follows.
+        rows: a value with groups·n entries per row (one entry for one-hot inputs), from whose size the number of rows follows.
     """
 
     total: str
@@ -136,9 +139,20 @@ def as_float32(emitter: Emitter, value: str, request: GramRequest) -> str:
     return emitter.node("Cast", [value], attributes={"to": 1}) if request.cast else value
 
 
+def product(emitter: Emitter, left: str, right: str, *, trans_left: bool = False, trans_right: bool = False) -> str:
+    """left·right of two matrices, either read transposed; without `Gemm` where it still needs a third input (before opset 11)."""
+    if emitter.target.opset >= GEMM_WITHOUT_C and (trans_left or trans_right):
+        return emitter.node("Gemm", [left, right], attributes={"transA": int(trans_left), "transB": int(trans_right)})
+    sides = [
+        emitter.node("Transpose", [side], attributes={"perm": [1, 0]}) if transposed else side
+        for side, transposed in ((left, trans_left), (right, trans_right))
+    ]
+    return emitter.node("MatMul", sides)
+
+
 def row_gram(emitter: Emitter, rows: str) -> Gram:
     """(k, n) → (n, n): the sum of x xᵀ over rows."""
-    return Gram(emitter.node("Gemm", [rows, rows], attributes={"transA": 1}), rows)
+    return Gram(product(emitter, rows, rows, trans_left=True), rows)
 
 
 def column_gram(emitter: Emitter, columns: str) -> Gram:

@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from ..emit import Emitter
 from ..view import MatrixView
-from .base import Gram, GramRequest, Shape, Use, as_float32, column_gram, reshape
+from .base import Gram, GramRequest, Shape, Use, as_float32, column_gram, product, reshape
 
 GEOMETRY = ("auto_pad", "dilations", "kernel_shape", "pads", "strides")
 """The attributes that say where a kernel looks."""
@@ -60,8 +60,8 @@ class Conv:
         kernel, channels = self.kernel(use), use.view.groups * use.view.shape[1]
         size = int(np.prod(kernel))
         geometry = [a for a in use.node.attribute if a.name in GEOMETRY]
-        trivial = size == 1 and not any(a.name != "kernel_shape" for a in geometry if not _neutral(use, a.name))
-        if not trivial:
+        moves = size > 1 or any(use.ints("pads", [])) or any(stride != 1 for stride in use.ints("strides", []))
+        if moves:
             picker = np.tile(np.eye(size, dtype=np.float32), (channels, 1)).reshape(channels * size, 1, *kernel)
             value = emitter.node("Conv", [value, emitter.constant("pick", picker)], attributes={"group": channels})
             emitter.nodes[-1].attribute.extend(geometry)
@@ -108,21 +108,12 @@ class Conv:
 
     def emit_last(self, emitter: Emitter, use: Use, value: str, weight: str) -> None:
         """The original node as a 1×1 convolution of another value."""
-        ones: dict[str, list[int] | int] = {"kernel_shape": [1] * len(self.kernel(use))} if use.has("kernel_shape") else {}
+        ones = {"kernel_shape": [1] * len(self.kernel(use))} if use.has("kernel_shape") else {}
         emitter.copy(use.node, {0: value, 1: weight}, drop=GEOMETRY, attributes=ones)
 
     def macs(self, use: Use, input_shape: Shape, output_shape: Shape) -> int:
         """Output elements times patch size."""
         return int(np.prod(output_shape)) * use.view.n
-
-
-def _neutral(use: Use, name: str) -> bool:
-    """Whether a geometry attribute of a 1×1 kernel changes nothing."""
-    if name in ("pads",):
-        return not any(use.ints(name, []))
-    if name in ("strides",):
-        return all(s == 1 for s in use.ints(name, []))
-    return True
 
 
 @dataclass(frozen=True)
@@ -148,7 +139,7 @@ class ConvTranspose:
         """Every position of the input is a row."""
         value = reshape(emitter, as_float32(emitter, value, request), [0, use.view.n, -1])
         columns = reshape(emitter, emitter.node("Transpose", [value], attributes={"perm": [1, 0, 2]}), [use.view.n, -1])
-        return Gram(emitter.node("Gemm", [columns, columns], attributes={"transB": 1}), columns)
+        return Gram(product(emitter, columns, columns, trans_right=True), columns)
 
     def channel_axis(self, use: Use) -> int:
         """Output channels."""
@@ -161,7 +152,9 @@ class ConvTranspose:
     def split_views(self, use: Use, rank: int) -> tuple[MatrixView, MatrixView]:
         """A 1×1 Conv to `rank` channels, then the transposed kernel."""
         view, ones = use.view, (1,) * (len(use.view.shape) - 2)
-        return MatrixView((rank, view.n, *ones), 1, rank, view.n, True), MatrixView((rank, *view.shape[1:]), 1, view.m, rank, False)
+        return MatrixView((rank, view.n, *ones), 1, rank, view.n, True), MatrixView(
+            (rank, *view.shape[1:]), 1, view.m, rank, False
+        )
 
     def split_axes(self, use: Use) -> tuple[int, int]:
         """Output channels of each."""

@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from ..emit import Emitter
 from ..view import MatrixView
-from .base import Gram, GramRequest, Shape, Use, as_float32, outer_views
+from .base import Gram, GramRequest, Shape, Use, as_float32, outer_views, product
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Gemm:
         """xᵀx or x xᵀ, whichever contracts the rows."""
         value = as_float32(emitter, value, request)
         rows_first = not use.int("transA", 0) if use.index == 1 else bool(use.int("transB", 0))
-        return Gram(emitter.node("Gemm", [value, value], attributes={"transA" if rows_first else "transB": 1}), value)
+        return Gram(product(emitter, value, value, trans_left=rows_first, trans_right=not rows_first), value)
 
     def channel_axis(self, use: Use) -> int:
         """The output axis."""
@@ -55,12 +55,11 @@ class Gemm:
         return (0, 0) if use.view.outputs_first else (1, 1)
 
     def emit_split(self, emitter: Emitter, use: Use, first: str, last: str) -> None:
-        """The first node is a plain Gemm without C; the last keeps every attribute but the transposition of x."""
+        """The first node is a plain product; the last keeps every attribute but the transposition of x."""
         other = 1 - use.index
         value, _ = self.activation(use)
-        operands = [first, value] if use.index == 0 else [value, first]
-        kept: dict[str, int | float | str | list[int]] = {k: 1 for k in ("transA", "transB") if use.int(k, 0)}
-        hidden = emitter.node("Gemm", operands, attributes=kept)
+        left, right = (first, value) if use.index == 0 else (value, first)
+        hidden = product(emitter, left, right, trans_left=bool(use.int("transA", 0)), trans_right=bool(use.int("transB", 0)))
         emitter.copy(use.node, {use.index: last, other: hidden}, drop=("transB" if other == 1 else "transA",))
 
     def macs(self, use: Use, input_shape: Shape, output_shape: Shape) -> int:

@@ -71,7 +71,7 @@ class MatMul:
         value, _ = self.activation(use)
         operands = [first, value] if use.index == 0 else [value, first]
         domain, op_type = use.key
-        kept: dict[str, int | float | str | list[int]] = {k: use.int(k, 0) for k in _TRANSPOSES if use.has(k)}
+        kept = {k: use.int(k, 0) for k in _TRANSPOSES if use.has(k)}
         hidden = emitter.node(op_type, operands, domain=domain, attributes=kept)
         emitter.copy(use.node, {use.index: last, other: hidden}, drop=("transB" if other == 1 else "transA",))
 

@@ -26,7 +26,9 @@ class Storage(Protocol):
         """Shapes and dtypes of the packed arrays; `axis` is the axis that carries one scale per entry."""
         ...
 
-    def encode(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> tuple[NDArray[np.generic], ...]:
+    def encode(
+        self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[np.generic], ...]:
         """Pack the values; `importance` broadcasts against the array and weighs squared errors when scales are searched."""
         ...
 

@@ -26,7 +26,9 @@ class Same:
         """The array itself."""
         return (array,)
 
-    def encode(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> tuple[NDArray[np.generic], ...]:
+    def encode(
+        self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[np.generic], ...]:
         """The array itself."""
         return (array,)
 
@@ -56,7 +58,9 @@ class Half:
         """The same shape in float16."""
         return (Spec(array.shape, np.dtype(np.float16)),)
 
-    def encode(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> tuple[NDArray[np.generic], ...]:
+    def encode(
+        self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[np.generic], ...]:
         """Round to nearest; values beyond the range of half precision saturate."""
         return (np.clip(np.asarray(array, np.float64), -_MAX_HALF, _MAX_HALF).astype(np.float16),)
 
@@ -66,7 +70,9 @@ class Half:
 
     def emit(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, output: str | None = None) -> str:
         """One initializer and one `Cast`."""
-        return emitter.node("Cast", [emitter.constant(f"{suffix}.h", packed[0])], output, attributes={"to": onnx_type(spec.dtype)})
+        return emitter.node(
+            "Cast", [emitter.constant(f"{suffix}.h", packed[0])], output, attributes={"to": onnx_type(spec.dtype)}
+        )
 
 
 SAME = Same()

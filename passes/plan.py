@@ -1,0 +1,252 @@
+"""The plan: which form each site gets, why, and everything needed to solve again for another budget. Plain JSON."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from intaglio.ops.decompositions import DECOMPOSITIONS
+from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.storage import STORAGES
+from intaglio.solver import Budget, Cost, Option, Problem, Solution, solve
+
+from .errors import InfeasibleError, InputError
+
+VERSION = 1
+"""Of the file format."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A form of one site with its price.
+
+    Attributes:
+        form: the form.
+        size_bytes: change of the file's size against the unchanged site, shared programs not counted.
+        latency_s: change of the latency of one run.
+        divergence: predicted divergence of the outputs if only this site changes.
+        error: relative error of the layer's output.
+        shared: resources paid once per model.
+    """
+
+    form: Form
+    size_bytes: int
+    latency_s: float
+    divergence: float
+    error: float
+    shared: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Menu:
+    """Everything the solver chooses from.
+
+    Attributes:
+        model_sha256: identity of the model the menu was made for.
+        candidates: by site name, "unchanged" first.
+        base: size, latency and divergence of the model with every site unchanged.
+        shared: bytes of each shared resource.
+        unit: of divergence: "kl_nats" or "relative_mse".
+    """
+
+    model_sha256: str
+    candidates: Mapping[str, tuple[Candidate, ...]]
+    base: Cost
+    shared: Mapping[str, int]
+    unit: str
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What measurement said of the predictions so far: factors on divergence and on latency changes, and bytes to leave free."""
+
+    divergence: float = 1.0
+    latency: float = 1.0
+    spare_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A choice for every site, with its certificate.
+
+    Attributes:
+        menu: what it was chosen from.
+        forms: by site name.
+        budget: in absolute units.
+        solution: the solver's answer; None for a plan that was edited by hand.
+        correction: the correction that the answer took into account.
+    """
+
+    menu: Menu
+    forms: Mapping[str, Form]
+    budget: Budget
+    solution: Solution | None
+    correction: Correction
+
+    def candidate(self, site: str) -> Candidate | None:
+        """The chosen candidate of a site; None where the form was written in by hand."""
+        return next((c for c in self.menu.candidates.get(site, ()) if c.form == self.forms[site]), None)
+
+    @property
+    def divergence(self) -> float:
+        """Predicted divergence of the whole plan, corrected."""
+        chosen = [self.candidate(site) for site in self.forms]
+        return self.correction.divergence * sum(c.divergence for c in chosen if c is not None)
+
+    @property
+    def latency_s(self) -> float:
+        """Predicted latency of the whole plan, corrected."""
+        chosen = [self.candidate(site) for site in self.forms]
+        return self.menu.base.latency_s + self.correction.latency * sum(c.latency_s for c in chosen if c is not None)
+
+
+def choose(menu: Menu, budget: Budget, correction: Correction = Correction()) -> Plan:
+    """Solve for a budget.
+
+    Raises:
+        InfeasibleError: no choice meets it; the message names the nearest feasible values.
+    """
+    groups = tuple(
+        tuple(Option(c.size_bytes, correction.latency * c.latency_s, correction.divergence * c.divergence, c.shared) for c in candidates)
+        for candidates in menu.candidates.values()
+    )
+    problem = Problem(groups, menu.base, menu.shared)
+    tightened = budget
+    if budget.size_bytes is not None and correction.spare_bytes:
+        tightened = Budget(budget.size_bytes - correction.spare_bytes, budget.latency_s, budget.divergence, budget.minimize)
+    solution = solve(problem, tightened)
+    if not solution.choice:
+        raise InfeasibleError(infeasible_message(menu, budget, solution))
+    forms = {name: options[i].form for (name, options), i in zip(menu.candidates.items(), solution.choice, strict=True)}
+    return Plan(menu, forms, budget, solution, correction)
+
+
+def infeasible_message(menu: Menu, budget: Budget, solution: Solution) -> str:
+    """One line that names the budget and the nearest feasible one."""
+    asked = []
+    if budget.size_bytes is not None:
+        asked.append(f"size {budget.size_bytes:,.0f} B")
+    if budget.latency_s is not None:
+        asked.append(f"latency {budget.latency_s * 1e3:.3g} ms")
+    if budget.divergence is not None:
+        asked.append(f"error {budget.divergence:.3g} {menu.unit}")
+    near = solution.nearest
+    offers = []
+    if near is not None:
+        if near.size_bytes is not None:
+            offers.append(f"--size {near.size_bytes}B" + (" (without the other budgets)" if "size" in near.alone else ""))
+        if near.latency_s is not None:
+            offers.append(f"--latency {near.latency_s * 1e3:.4g}ms" + (" (without the other budgets)" if "latency" in near.alone else ""))
+        if near.divergence is not None:
+            offers.append(f"--error {near.divergence:.4g}" + (" (without the other budgets)" if "error" in near.alone else ""))
+    return f"no plan meets {', '.join(asked) or 'the budget'}; nearest feasible: {' or '.join(offers) or 'unknown'}; relax a budget or --exclude less"
+
+
+def to_json(plan: Plan) -> str:
+    """The plan as an indented JSON document."""
+    solution = plan.solution
+    return json.dumps(
+        {
+            "intaglio_plan": VERSION,
+            "model_sha256": plan.menu.model_sha256,
+            "unit": plan.menu.unit,
+            "budget": {
+                "size_bytes": plan.budget.size_bytes,
+                "latency_s": plan.budget.latency_s,
+                "divergence": plan.budget.divergence,
+                "minimize": plan.budget.minimize,
+            },
+            "base": {
+                "size_bytes": plan.menu.base.size_bytes,
+                "latency_s": plan.menu.base.latency_s,
+                "divergence": plan.menu.base.divergence,
+            },
+            "shared": dict(plan.menu.shared),
+            "correction": {
+                "divergence": plan.correction.divergence,
+                "latency": plan.correction.latency,
+                "spare_bytes": plan.correction.spare_bytes,
+            },
+            "solver": None
+            if solution is None
+            else {
+                "status": solution.status,
+                "objective": solution.objective,
+                "bound": solution.bound,
+                "gap": solution.gap,
+                "seconds": solution.seconds,
+                "candidates": solution.candidates,
+            },
+            "sites": {name: _form_json(form) for name, form in plan.forms.items()},
+            "candidates": {
+                name: [
+                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, list(c.shared)] for c in candidates
+                ]
+                for name, candidates in plan.menu.candidates.items()
+            },
+        },
+        indent=1,
+    )
+
+
+def _form_json(form: Form) -> dict[str, object]:
+    return {"decomposition": form.decomposition, "ranks": list(form.ranks), "storage": form.storage, "execution": form.execution}
+
+
+def _form(decomposition: object, ranks: object, storage: object, execution: object, where: str) -> Form:
+    if not (isinstance(decomposition, str) and isinstance(storage, str) and isinstance(execution, str) and isinstance(ranks, list)):
+        raise InputError(f"{where}: expected decomposition, ranks, storage and execution; see a plan that `intaglio plan` wrote")
+    if not all(isinstance(r, int) and r > 0 for r in ranks):
+        raise InputError(f"{where}: ranks {ranks} are not positive whole numbers; write for example [64]")
+    form = Form(decomposition, tuple(ranks), storage, execution)
+    known = {("unchanged", "dense"), ("dense", "dense"), *DECOMPOSITIONS}
+    if (decomposition, execution) not in known:
+        raise InputError(f"{where}: unknown form {decomposition}/{execution}; expected one of {', '.join('/'.join(k) for k in sorted(known))}")
+    if storage not in STORAGES:
+        raise InputError(f"{where}: unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
+    return UNCHANGED if decomposition == "unchanged" else form
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan that `to_json` wrote, possibly edited.
+
+    Raises:
+        InputError: the file is missing, no plan, or names an unknown form.
+    """
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"plan {path}: {error.strerror}; give a file that `intaglio plan` wrote") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"plan {path}: not JSON ({error}); give a file that `intaglio plan` wrote") from error
+    try:
+        if document["intaglio_plan"] != VERSION:
+            raise InputError(f"plan {path}: version {document['intaglio_plan']}, expected {VERSION}; solve again with `intaglio plan`")
+        candidates = {
+            name: tuple(
+                Candidate(_form(*row[:4], f"plan {path}, candidate of {name}"), int(row[4]), float(row[5]), float(row[6]), float(row[7]), tuple(row[8]))
+                for row in rows
+            )
+            for name, rows in document["candidates"].items()
+        }
+        base = document["base"]
+        menu = Menu(
+            document["model_sha256"],
+            candidates,
+            Cost(base["size_bytes"], base["latency_s"], base["divergence"]),
+            document["shared"],
+            document["unit"],
+        )
+        limits = document["budget"]
+        budget = Budget(limits["size_bytes"], limits["latency_s"], limits["divergence"], limits["minimize"])
+        forms = {
+            name: _form(f["decomposition"], f["ranks"], f["storage"], f["execution"], f"plan {path}, site {name}")
+            for name, f in document["sites"].items()
+        }
+        known = document["correction"]
+        correction = Correction(known["divergence"], known["latency"], known["spare_bytes"])
+    except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
+        raise InputError(f"plan {path}: field {error} is missing or malformed; give a file that `intaglio plan` wrote") from error
+    return Plan(menu, forms, budget, None, correction)

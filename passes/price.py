@@ -1,0 +1,242 @@
+"""Price candidates: exact bytes before any array exists, and latency measured on the user's provider, threads and shapes.
+
+Bytes come from a *skeleton*, the model with its large payloads left out but counted: the rewriter runs on it with shapes in place of
+arrays, so the serialized size of a whole plan is known to the byte. Latency comes from micro-models of a single operator at its real
+shapes, each measured in alternation with the original operator. Storage never changes latency: it is folded when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from intaglio.ops.emit import DOMAIN, Spec, onnx_type
+from intaglio.ops.families import FAMILIES
+from intaglio.ops.form import UNCHANGED, Form
+
+from .calibrate import Shapes
+from .errors import InputError
+from .graph import MAIN, all_names, field_size
+from .latency import MicroBench
+from .model import Model
+from .rewrite import FUNCTION_IR, Fragment, declines, fragment, ghost_tensor, ghosts, rewrite
+from .save import serialized_size
+from .sites import Site, find_sites, opset
+from .weights import WeightStore, tensors
+
+_GHOST_BYTES = 4096
+"""Payloads from this size on are left out of a skeleton."""
+
+DOMAIN_RESOURCE = "domain"
+"""The shared resource that stands for importing the domain of the decode programs."""
+
+
+class GhostStore(WeightStore):
+    """Sizes tensors by shape and type alone: every reference counts as present."""
+
+    def check(self, tensor: TensorProto) -> None:
+        """Nothing to check: nothing is read."""
+
+    def payload(self, tensor: TensorProto) -> memoryview:
+        """Never available."""
+        raise TypeError(f"tensor {tensor.name!r} of a skeleton has no values")
+
+
+def skeleton(model: Model) -> Model:
+    """The model without its large payloads, at the same serialized size."""
+    large = {id(t): t for t in tensors(model.proto) if t.HasField("raw_data") and len(t.raw_data) >= _GHOST_BYTES}
+    payloads = {key: tensor.raw_data for key, tensor in large.items()}
+    try:
+        for tensor in large.values():
+            tensor.ClearField("raw_data")
+            tensor.data_location = TensorProto.EXTERNAL
+        proto = ModelProto()
+        proto.CopyFrom(model.proto)
+    finally:
+        for key, tensor in large.items():
+            tensor.raw_data = payloads[key]
+            tensor.ClearField("data_location")
+    return Model(proto, GhostStore(None), model.path, model.size_bytes, model.sha256)
+
+
+@dataclass(frozen=True)
+class SizePrice:
+    """What a form adds to the file.
+
+    Attributes:
+        size_bytes: change against the unchanged site; usually negative.
+        shared: names of the decode programs it calls, each paid once per model.
+    """
+
+    size_bytes: int
+    shared: tuple[str, ...]
+
+
+class SizePricer:
+    """Exact bytes of forms and of plans."""
+
+    def __init__(self, model: Model, *, external: bool) -> None:
+        """Make the skeleton of the model that plans start from; `external` says how it will be saved."""
+        self._model = skeleton(model)
+        self._sites = {site.name: site for site in find_sites(self._model)}
+        self._taken = frozenset(all_names(self._model.proto))
+        self._external = external
+        self._freed: dict[tuple[str, str], int] = {}
+        self.base_bytes = self._size(self._model)
+        self.shared: dict[str, int] = {DOMAIN_RESOURCE: 0}
+
+    def price(self, site: Site, form: Form) -> SizePrice:
+        """Bytes that a form adds or saves."""
+        if form == UNCHANGED:
+            return SizePrice(0, ())
+        part = self._fragment(site.name, form)
+        added, shared = self._added(part), self._shared(part)
+        key = (site.name, form.execution)
+        if key not in self._freed:
+            fixed = sum(self.shared[name] for name in shared)
+            twin = self._sites[site.name]
+            self._freed[key] = self.base_bytes + added + fixed - self._size(rewrite(self._model, {site.name: part}, [twin]))
+        return SizePrice(added - self._freed[key], shared)
+
+    def total(self, plan: Mapping[str, Form], *, name: str = "model.onnx") -> int:
+        """Bytes of the file (and its data file) that `save` will write for a plan; `name` is repeated by external references."""
+        parts = {site: self._fragment(site, form) for site, form in plan.items() if form != UNCHANGED}
+        return self._size(rewrite(self._model, parts, list(self._sites.values())), name)
+
+    def weight_bytes(self, site: Site, form: Form) -> int:
+        """Payload of a form's arrays; of the stored tensors for "unchanged"."""
+        if form == UNCHANGED:
+            return sum(self._model.weights.nbytes(tensor) for tensor in self._sites[site.name].sources)
+        return sum(array.nbytes for packed in ghosts(site, form) for array in packed)
+
+    def _fragment(self, name: str, form: Form) -> Fragment:
+        site = self._sites[name]
+        return fragment(site, form, ghosts(site, form), self._model.proto, self._taken)
+
+    def _size(self, model: Model, name: str = "model.onnx") -> int:
+        return serialized_size(model, self._external, name=name)
+
+    def _added(self, part: Fragment) -> int:
+        nodes = [*part.weights, *(node for nodes in part.replacements for node in nodes)]
+        arrays = sum(_initializer_bytes(name, Spec(tuple(a.shape), a.dtype)) for name, a in part.initializers.items())
+        return sum(field_size(node) for node in nodes) + arrays
+
+    def _shared(self, part: Fragment) -> tuple[str, ...]:
+        if self._model.proto.ir_version < FUNCTION_IR or not part.programs:
+            return ()
+        for name, program in part.programs.items():
+            if name not in self.shared:
+                self.shared[name] = field_size(program.function(opset(self._model.proto))) + 1  # field 25: two bytes of tag
+        self.shared[DOMAIN_RESOURCE] = field_size(helper.make_opsetid(DOMAIN, 1))
+        return (*sorted(part.programs), DOMAIN_RESOURCE)
+
+
+def _initializer_bytes(name: str, spec: Spec) -> int:
+    """What an initializer costs as an element of a graph."""
+    tensor = ghost_tensor(name, spec)
+    tensor.ClearField("data_location")
+    payload = spec.nbytes
+    body = tensor.ByteSize() + 1 + _varint_bytes(payload) + payload
+    return 1 + _varint_bytes(body) + body
+
+
+def _varint_bytes(value: int) -> int:
+    return max(1, -(-value.bit_length() // 7))
+
+
+class LatencyPricer:
+    """Measured latency of forms, one micro-model per distinct configuration."""
+
+    def __init__(self, model: Model, shapes: Mapping[str, Shapes], bench: MicroBench) -> None:
+        """Measure operators of `model` at the shapes that `observe` saw."""
+        self._proto = model.proto
+        self._shapes = shapes
+        self._bench = bench
+        self._small = {
+            t.name: t for t in model.proto.graph.initializer if t.data_location != TensorProto.EXTERNAL and t.ByteSize() < 1 << 20
+        }
+        self._reference: dict[str, float] = {}
+
+    def measurable(self, site: Site) -> bool:
+        """Whether the site's operator can be run by itself."""
+        return site.name in self._shapes and len(site.uses) == 1 and site.uses[0].scope == MAIN
+
+    def reference(self, site: Site) -> float:
+        """Seconds of the original operator; 0 where it cannot be measured."""
+        if not self.measurable(site):
+            return 0.0
+        if site.name not in self._reference:
+            self._reference[site.name] = self._bench.seconds(
+                self._micro(site, None), {"x": self._shapes[site.name].input}, index_limit=site.use.view.n
+            )
+        return self._reference[site.name]
+
+    def change(self, site: Site, form: Form) -> float:
+        """Seconds that a form adds to (or, negative, saves from) a run of the site's operator."""
+        if form.execution == "dense" or not self.measurable(site):
+            return 0.0
+        before, after = self._bench.pair(
+            self._micro(site, None),
+            self._micro(site, Form(form.decomposition, form.ranks, "float", form.execution)),
+            {"x": self._shapes[site.name].input},
+            index_limit=site.use.view.n,
+        )
+        return after - before
+
+    def _micro(self, site: Site, form: Form | None) -> ModelProto:
+        """The site's operator, or what a form makes of it, as a model with one input x."""
+        use, rng = site.use, np.random.default_rng(0)
+        node = NodeProto()
+        node.CopyFrom(use.node)
+        value, own = FAMILIES[use.key].activation(use)
+        if own:
+            value = node.input[0]
+        weight = use.node.input[use.index]
+        initializers = []
+        for index, name in enumerate(node.input):
+            if name in ("", value, weight):
+                continue
+            if name in self._small:
+                initializers.append(self._small[name])
+            elif index > 0:
+                node.input[index] = ""  # initial states, lengths, residual inputs: left out on both sides
+        while node.input and not node.input[-1]:
+            del node.input[-1]
+        output = next(name for name in node.output if name)
+        twin = type(use)(node, use.index, use.view)
+        if form is None:
+            nodes = [node]
+            arrays = {weight: Spec(use.view.shape, site.dtype)}
+        else:
+            part = fragment(_single(site, twin), form, ghosts(site, form), self._proto, frozenset())
+            nodes = [*part.weights, *(n for nodes in part.replacements for n in nodes)]
+            arrays = {name: Spec(tuple(array.shape), array.dtype) for name, array in part.initializers.items()}
+        initializers += [numpy_helper.from_array(_noise(spec, rng), name) for name, spec in arrays.items()]
+        kind = TensorProto.INT64 if site.op_type == "Gather" else onnx_type(site.dtype)
+        for each in nodes:
+            for index, name in enumerate(each.input):
+                if name == value:
+                    each.input[index] = "x"
+        graph = helper.make_graph(
+            nodes, "micro", [helper.make_tensor_value_info("x", kind, None)], [helper.make_empty_tensor_value_info(output)], initializers
+        )
+        return helper.make_model(graph, opset_imports=list(self._proto.opset_import), ir_version=max(4, self._proto.ir_version))
+
+
+def _noise(spec: Spec, rng: np.random.Generator) -> np.ndarray:
+    if spec.dtype.kind in "iu":
+        return np.zeros(spec.shape, spec.dtype)
+    return (rng.standard_normal(spec.shape) / max(1, spec.shape[-1]) ** 0.5).astype(spec.dtype)
+
+
+def _single(site: Site, use: object) -> Site:
+    """The site with one other use."""
+    from dataclasses import replace
+
+    return replace(site, uses=(replace(site.uses[0], use=use),))  # type: ignore[arg-type]
+
+
+__all__ = ["InputError", "LatencyPricer", "SizePrice", "SizePricer", "declines", "skeleton"]
