@@ -259,15 +259,16 @@ def _program(problem: Problem, budget: Budget) -> _Program | None:
     constant = np.array([math.fsum([base, *least]) for base, least in zip(problem.base.values(), minima, strict=True)])
 
     possible = np.ones(len(chosen), dtype=np.bool_)
-    rooms: list[tuple[int, float]] = []
+    rooms: list[tuple[int, float, float]] = []
     for i, limit in enumerate(budget.limits()):
         if limit is not None:
             room = limit - constant[i]
-            noise = 1e-12 * max(abs(limit), abs(constant[i]))  # rounding of the sums: a limit may be attained exactly
+            total = max(abs(limit), abs(constant[i]))
+            noise = 1e-12 * total  # rounding of the sums: a limit may be attained exactly
             if room < -noise:
                 return None
             possible &= spread[i] <= room + noise
-            rooms.append((i, room))
+            rooms.append((i, room, total))
     group, option, spread = group[possible], option[possible], spread[:, possible]
     if len(np.unique(group)) < len(kept):
         return None
@@ -276,8 +277,9 @@ def _program(problem: Problem, budget: Budget) -> _Program | None:
     resources = np.zeros((len(QUANTITIES), len(names)))
     resources[0] = [problem.shared[name] for name in names]
     columns = np.concatenate([spread, resources, constant[:, None]], axis=1)
-    rows = np.concatenate([spread, resources, np.zeros((len(QUANTITIES), 1))], axis=1)[[i for i, _ in rooms]]
-    peak = rows.max(axis=1, initial=0.0)
+    rows = np.concatenate([spread, resources, np.zeros((len(QUANTITIES), 1))], axis=1)[[i for i, _, _ in rooms]]
+    least_peak = [1e-7 * total for _, _, total in rooms]  # keeps the rounding of the sums below the solver's tolerance
+    peak = np.maximum(rows.max(axis=1, initial=0.0), least_peak)
     scale = _ROW_SCALE / np.where(peak > 0, peak, _ROW_SCALE)
     return _Program(
         problem=problem,
@@ -288,7 +290,7 @@ def _program(problem: Problem, budget: Budget) -> _Program | None:
         partition=_partition(group, columns.shape[1], len(kept)),
         sharing=_sharing(problem, group, option, names),
         limits=rows * scale[:, None],
-        rhs=np.array([room for _, room in rooms]) * scale,
+        rhs=np.array([room for _, room, _ in rooms]) * scale,
     )
 
 
@@ -338,7 +340,7 @@ def _search(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -
         solution = _report(problem, budget, best, bound, gap)
         if solution.status in ("optimal", "infeasible") or core.all() or time.perf_counter() >= deadline_s:
             return solution
-        return solution
+        radius = solution.objective - least if solution.objective - least > radius else math.inf
 
 
 def _report(problem: Problem, budget: Budget, choice: tuple[int, ...] | None, bound: float, gap: float) -> Solution:

@@ -67,7 +67,8 @@ def limited(draw: st.DrawFn) -> tuple[Problem, Budget]:
     for quantity in QUANTITIES:
         attained = st.sampled_from(sorted({value(cost, quantity) for cost in costs}))
         limits.append(draw(st.one_of(st.none(), attained, attained.map(lambda x: x * 1.01), attained.map(lambda x: x * 0.99))))
-    return problem, Budget(*limits, minimize=draw(st.sampled_from(QUANTITIES)))
+    size_bytes, latency_s, divergence = limits
+    return problem, Budget(size_bytes, latency_s, divergence, draw(st.sampled_from(QUANTITIES)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -128,8 +129,8 @@ def test_pruning_keeps_the_optimum(case: tuple[Problem, Budget]) -> None:
         problem.shared,
     )
     before, after = (
-        min((value(cost, budget.minimize) for cost in every_cost(p) if budget.admits(cost)), default=None)
-        for p in (problem, pruned)
+        min((value(cost, budget.minimize) for cost in every_cost(version) if budget.admits(cost)), default=None)
+        for version in (problem, pruned)
     )
     assert before == after  # to the last bit: correctly rounded sums are monotone
 
@@ -170,13 +171,13 @@ def test_limits_are_kept_to_the_last_bit() -> None:
 def test_many_choices_just_over_the_limit_do_not_hide_a_good_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """After the cuts run out the limits are tightened; what is found then keeps them, whatever can still be proved."""
     monkeypatch.setattr(module, "_MAX_CUTS", 1)
-    over = tuple(Option(1, math.nextafter(0.5, 1) + index * 1e-13, 0.0) for index in range(4))
-    groups = tuple((*over, Option(3, 0.25, 0.0)) for _ in range(2))
+    over = tuple(Option(size_bytes, 0.5 + (4 - size_bytes) * 1e-13, 0.0) for size_bytes in range(4))
+    groups = tuple((*over, Option(10, 0.25, 0.0)) for _ in range(2))
     solution = solve(Problem(groups, Cost(), {}), Budget(latency_s=1.0, minimize="size"))
     assert solution.cost is not None
     assert solution.cost.latency_s <= 1.0
-    assert solution.objective == 4
-    assert solution.bound <= 4
+    assert solution.objective == 10
+    assert solution.bound <= 10
 
 
 def test_exact_ties_go_to_the_smaller_other_costs() -> None:
