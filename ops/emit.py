@@ -1,7 +1,7 @@
 """Emitting a replacement: nodes, initializers and decode programs, with real arrays or with their shapes alone.
 
-Pricing and rewriting run the same emission code. Pricing hands in a `Spec` where rewriting hands in an array, so the bytes that are
-predicted are the bytes that will be written.
+Pricing and rewriting run the same emission code. Pricing hands in a `Spec` where rewriting hands in an array, so the bytes
+that are predicted are the bytes that will be written.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ class Emitter:
     def name(self, suffix: str) -> str:
         """A value name that neither the model nor this replacement uses yet.
 
-        Dots of the suffix become underscores, so that replacements with different stems never make the same name: the last dot of a
-        name tells where its stem ends ("a" with "0.q" makes "a.0_q", "a.0" with "q" makes "a.0.q").
+        Dots of the suffix become underscores, so that replacements with different stems never make the same name: the last
+        dot of a name tells where its stem ends ("a" with "0.q" makes "a.0_q", "a.0" with "q" makes "a.0.q").
         """
         stem = f"{self.target.stem}.{suffix.strip('.').replace('.', '_')}"
         name, count = stem, 1

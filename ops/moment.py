@@ -38,9 +38,13 @@ class Moment:
         return self.matrix if self.diagonal else np.diagonal(self.matrix, axis1=1, axis2=2)
 
     def regularized(self, ridge: float = 0.01) -> Moment:
-        """A + ridge·mean(diag A)·I: keeps directions that the calibration data never showed from being free (METHODS.md, section 5)."""
+        """A + ridge·mean(diag A)·I: directions that the calibration data never showed are not free (METHODS.md, section 5).
+
+        Args:
+            ridge: relative to the mean of the diagonal, or absolute for a group whose input was always zero.
+        """
         mean = self.diag.mean(1, keepdims=True)
-        shift = ridge * np.where(mean > 0, mean, 1.0)  # an input that was always zero still gets a metric
+        shift = ridge * np.where(mean > 0, mean, 1.0)
         matrix = self.matrix.copy()
         if self.diagonal:
             matrix += shift

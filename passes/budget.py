@@ -59,8 +59,8 @@ def _limit(option: str, text: float | str, units: dict[str, float] | dict[str, i
     if match is None or (unit and unit != "%" and unit not in units):
         raise InputError(f"{option} {text}: expected a ratio such as 0.25, a percentage, or a number with one of {', '.join(units)}")
     amount = float(match.group(1))
-    if amount <= 0:
-        raise InputError(f"{option} {text}: expected a positive amount")
+    if not 0 < amount * units.get(unit, 1) < float("inf"):
+        raise InputError(f"{option} {text}: expected a positive, finite amount")
     if unit in units:
         return amount * units[unit]
     ratio = amount / 100 if unit == "%" else amount

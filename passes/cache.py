@@ -104,9 +104,7 @@ class Cache:
         if not self._in_memory:
             try:
                 with self._database() as database:
-                    row = database.execute(
-                        f"SELECT data FROM {table} WHERE namespace = ? AND key = ?", (namespace, key)
-                    ).fetchone()
+                    row = database.execute(f"SELECT data FROM {table} WHERE namespace = ? AND key = ?", (namespace, key)).fetchone()
                 return None if row is None else bytes(row[0])
             except (sqlite3.Error, OSError) as error:
                 self._fall_back(error)
@@ -136,9 +134,7 @@ class Cache:
         self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with closing(sqlite3.connect(self._folder / _FILE_NAME, timeout=_BUSY_TIMEOUT_S)) as database, database:
             database.execute("PRAGMA journal_mode = WAL")
-            database.execute(
-                "PRAGMA synchronous = OFF"
-            )  # a power cut may cost the cache, never a run; a put takes 1 ms, not 20
+            database.execute("PRAGMA synchronous = OFF")  # a power cut may cost the cache, never a run; a put takes 1 ms, not 20
             for table in (_JSON, _ARRAYS):
                 database.execute(_SCHEMA.format(table))
             yield database

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper
+from onnx import ModelProto, NodeProto, helper
 
 from intaglio.ops.emit import Emitter, Target
 from intaglio.ops.families import FAMILIES, GramRequest
@@ -54,9 +54,9 @@ def observe(model: Model, sites: Sequence[Site], feed: Feed, runtime: Runtime) -
     for site in _measurable(sites):
         use = site.use
         value, own = FAMILIES[use.key].activation(use)
-        output = use.node.output[0]
-        if own or not output:
-            value = output = _named_output(proto, use.node)
+        output = _named_output(proto, use.node)
+        if own:
+            value = output
         names[site.name] = (value, output)
         for name in (value, output):
             if name not in wanted:
@@ -77,7 +77,14 @@ def observe(model: Model, sites: Sequence[Site], feed: Feed, runtime: Runtime) -
 
 
 def calibrate(
-    model: Model, sites: Sequence[Site], shapes: Mapping[str, Shapes], data: Dataset, indices: np.ndarray, runtime: Runtime, *, seed: int = 0
+    model: Model,
+    sites: Sequence[Site],
+    shapes: Mapping[str, Shapes],
+    data: Dataset,
+    indices: np.ndarray,
+    runtime: Runtime,
+    *,
+    seed: int = 0,
 ) -> dict[str, Moment]:
     """Second moment of every site's input over some samples, by site name.
 
@@ -91,15 +98,23 @@ def calibrate(
         seed: of the sampled positions.
     """
     moments = {site.name: Moment.isotropic(site.use.view.groups, site.use.view.n) for site in sites if site.name not in shapes}
-    pending = [site for site in sites if site.name in shapes]
-    while pending:
-        part = [pending.pop(0)]
-        size = _moment_bytes(part[0])
-        while pending and size + _moment_bytes(pending[0]) <= MOMENT_LIMIT_BYTES:
-            size += _moment_bytes(pending[0])
-            part.append(pending.pop(0))
+    for part in moment_parts([site for site in sites if site.name in shapes], MOMENT_LIMIT_BYTES):
         moments |= _calibrate_part(model, part, shapes, data, indices, runtime, seed)
     return moments
+
+
+def moment_parts(sites: Sequence[Site], limit_bytes: int = 1 << 28) -> list[list[Site]]:
+    """Consecutive sites whose moments together stay within a number of bytes; a larger one is a part of its own."""
+    parts: list[list[Site]] = []
+    size_bytes = 0
+    for site in sites:
+        own_bytes = _moment_bytes(site)
+        if not parts or size_bytes + own_bytes > limit_bytes:
+            parts.append([])
+            size_bytes = 0
+        parts[-1].append(site)
+        size_bytes += own_bytes
+    return parts
 
 
 def sampled_positions(site: Site, shapes: Shapes, samples: int) -> tuple[int, int] | None:
@@ -112,7 +127,13 @@ def sampled_positions(site: Site, shapes: Shapes, samples: int) -> tuple[int, in
 
 
 def _calibrate_part(
-    model: Model, sites: Sequence[Site], shapes: Mapping[str, Shapes], data: Dataset, indices: np.ndarray, runtime: Runtime, seed: int
+    model: Model,
+    sites: Sequence[Site],
+    shapes: Mapping[str, Shapes],
+    data: Dataset,
+    indices: np.ndarray,
+    runtime: Runtime,
+    seed: int,
 ) -> dict[str, Moment]:
     proto = _copy(model.proto)
     taken = frozenset(all_names(proto))
@@ -126,11 +147,14 @@ def _calibrate_part(
         sampled = sampled_positions(site, shapes[site.name], len(indices))
         geometry = tuple(a.SerializeToString() for a in use.node.attribute if a.name in (*GEOMETRY, "layout", "transA", "transB"))
         kernel = use.view.shape[1:] if family is CONV else ()
-        keys[site.name] = key = (family.name, value, use.index, use.view.groups, use.view.n, geometry, kernel)
+        key: tuple[object, ...] = (family.name, value, use.index, use.view.groups, use.view.n, geometry, kernel)
+        keys[site.name] = key
         if key in grams:
             continue
         emitter = Emitter(Target(opset(proto), False, f"intaglio.gram{number}", taken))
-        request = GramRequest(len(shapes[site.name].input), site.dtype != np.float32, sampled[0] if sampled else None, seed + number)
+        request = GramRequest(
+            len(shapes[site.name].input), site.uses[0].dtype != np.float32, sampled[0] if sampled else None, seed + number
+        )
         gram = family.gram(emitter, use, value, request)
         rows = emitter.node("Size", [gram.rows])
         proto.graph.node.extend(emitter.nodes)
@@ -138,7 +162,12 @@ def _calibrate_part(
         grams[key] = (gram.total, rows)
     fetches = [name for pair in grams.values() for name in pair]
     executor = Executor(
-        proto, model.weights, fetches, threads=runtime.threads, providers=runtime.providers, memory_limit_bytes=runtime.memory_limit_bytes
+        proto,
+        model.weights,
+        fetches,
+        threads=runtime.threads,
+        providers=runtime.providers,
+        memory_limit_bytes=runtime.memory_limit_bytes,
     )
     views = {keys[site.name]: site.use.view for site in sites}
     sums: dict[tuple[object, ...], np.ndarray] = {}
@@ -176,17 +205,14 @@ def _moment_bytes(site: Site) -> int:
 def _named_output(proto: ModelProto, node: NodeProto) -> str:
     """Give the node's first output a name in the copy `proto` if it has none, and return it."""
     if node.output[0]:
-        return node.output[0]
-    twin = next(n for n in proto.graph.node if n.op_type == node.op_type and n.input == node.input and n.output == node.output)
-    name = f"intaglio.{next(o for o in node.output if o)}.sequence"
-    twin.output[0] = name
-    return name
+        return str(node.output[0])
+    known = next(name for name in node.output if name)
+    twin = next(other for other in proto.graph.node if known in other.output)
+    twin.output[0] = f"intaglio.{known}.sequence"
+    return str(twin.output[0])
 
 
 def _copy(proto: ModelProto) -> ModelProto:
     copy = ModelProto()
     copy.CopyFrom(proto)
     return copy
-
-
-__all__ = ["Shapes", "TensorProto", "calibrate", "observe", "sampled_positions"]

@@ -354,10 +354,7 @@ def _inherit_descriptions(proto: ModelProto, result: ModelProto) -> None:
             defaults = _defaults(node, versions)
             _keep(
                 node.attribute,
-                [
-                    attribute.name in written or not _same_value(attribute, defaults.get(attribute.name))
-                    for attribute in node.attribute
-                ],
+                [attribute.name in written or not _same_value(attribute, defaults.get(attribute.name)) for attribute in node.attribute],
             )
             if origin is not None:
                 graphs = dict(nested_graphs(origin))

@@ -157,9 +157,7 @@ class Dataset:
             InputError: there are fewer samples than one feed of the model must hold.
         """
         if 0 < len(indices) < (self.per_feed or 1):
-            raise InputError(
-                f"data: {len(indices)} samples cannot fill the model's fixed batch of {self.per_feed}; give more samples"
-            )
+            raise InputError(f"data: {len(indices)} samples cannot fill the model's fixed batch of {self.per_feed}; give more samples")
         order = [int(index) for index in indices]
         if self.trims:
             order.sort(key=self._shapes)
@@ -205,9 +203,7 @@ def input_specs(proto: onnx.ModelProto) -> tuple[InputSpec, ...]:
     return tuple(_input_spec(value) for value in proto.graph.input if value.name not in defaults)
 
 
-def open_dataset(
-    source: Source, inputs: Sequence[InputSpec], *, labels: str | None = None, seed: int = 0, trim: bool = True
-) -> Dataset:
+def open_dataset(source: Source, inputs: Sequence[InputSpec], *, labels: str | None = None, seed: int = 0, trim: bool = True) -> Dataset:
     """Read and check data for a model; the module's docstring says what a source may be.
 
     Args:
@@ -274,9 +270,7 @@ def _input_spec(value: onnx.ValueInfoProto) -> InputSpec:
     kind = value.type.WhichOneof("value")
     if kind != "tensor_type":
         found = kind.removesuffix("_type").replace("_", " ") if kind else "unknown"
-        raise InputError(
-            f"model: input {value.name!r} has type {found}, but only tensors can be fed; change it to a tensor input"
-        )
+        raise InputError(f"model: input {value.name!r} has type {found}, but only tensors can be fed; change it to a tensor input")
     tensor = value.type.tensor_type
     if tensor.elem_type not in onnx.TensorProto.DataType.values() or tensor.elem_type == onnx.TensorProto.UNDEFINED:
         raise InputError(f"model: input {value.name!r} has element type {tensor.elem_type}, unknown to onnx {onnx.__version__}")
@@ -401,9 +395,7 @@ def _read_npz(path: Path, wanted: Collection[str]) -> tuple[Feed, tuple[str, ...
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file; give the path of an .npz file of input name to array") from error
     except _UNREADABLE as error:
-        raise InputError(
-            f"{path}: not a readable .npz file of plain arrays ({_brief(error)}); write it again with numpy.savez"
-        ) from error
+        raise InputError(f"{path}: not a readable .npz file of plain arrays ({_brief(error)}); write it again with numpy.savez") from error
 
 
 def _read_folder(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
@@ -548,9 +540,7 @@ def _shapes(feed: Feed) -> tuple[tuple[int, ...], ...]:
 
 
 def _fits(shape: tuple[int, ...], declared: tuple[int | str | None, ...]) -> bool:
-    return len(shape) == len(declared) and all(
-        want == got for want, got in zip(declared, shape, strict=True) if isinstance(want, int)
-    )
+    return len(shape) == len(declared) and all(want == got for want, got in zip(declared, shape, strict=True) if isinstance(want, int))
 
 
 def _show(shape: tuple[int | str | None, ...]) -> str:

@@ -55,9 +55,9 @@ def output_kinds(proto: ModelProto, kind: str = "auto") -> tuple[Kind, ...]:
             kinds.append(Kind.PROBABILITIES)
         elif op_type == "LogSoftmax":
             kinds.append(Kind.LOG_PROBABILITIES)
-        elif op_type in ("Gemm", "MatMul", "Add", "FusedGemm") and rank in (0, 2) and "logit" in value.name.lower():
-            kinds.append(Kind.LOGITS)
-        elif "logit" in value.name.lower():
+        elif (
+            op_type in ("Gemm", "MatMul", "Add", "FusedGemm") and rank in (0, 2) and "logit" in value.name.lower()
+        ) or "logit" in value.name.lower():
             kinds.append(Kind.LOGITS)
         else:
             kinds.append(Kind.VALUES)
@@ -75,13 +75,15 @@ class Divergence:
 
     Attributes:
         kinds: what each output holds.
+        samples: how many were compared.
     """
 
     kinds: tuple[Kind, ...]
     _sums: list[float] = field(default_factory=list)
     _weights: list[float] = field(default_factory=list)
+    _rows: int = 0
+    _agreements: int = 0
     samples: int = 0
-    agreements: int = 0
 
     @property
     def unit(self) -> str:
@@ -98,25 +100,29 @@ class Divergence:
             self._sums, self._weights = [0.0] * len(self.kinds), [0.0] * len(self.kinds)
         for number, (kind, a, b) in enumerate(zip(self.kinds, reference, candidate, strict=True)):
             if a.shape != b.shape:
-                raise InputError(f"output {number}: shape {list(b.shape)}, expected {list(a.shape)} as in the reference; compare like models")
+                raise InputError(
+                    f"output {number}: shape {list(b.shape)}, expected {list(a.shape)} as in the reference; compare like models"
+                )
             error, weight = _compare(kind, a, b)
             self._sums[number] += error
             self._weights[number] += weight
         first, other = reference[0], candidate[0]
         self.samples += len(first) if first.ndim else 1
         if self.kinds[0] != Kind.VALUES:
-            self.agreements += int((_classes(first).argmax(1) == _classes(other).argmax(1)).sum())
+            agree = _classes(first).argmax(1) == _classes(other).argmax(1)
+            self._rows += len(agree)
+            self._agreements += int(agree.sum())
 
     @property
     def value(self) -> float:
-        """Mean over outputs: nats per sample, or squared error over squared reference."""
+        """Mean over outputs: nats per row of scores, or squared error over squared reference."""
         parts = [s / w if w > 0 else float(s > 0) for s, w in zip(self._sums, self._weights, strict=True)]
         return float(np.mean(parts)) if parts else 0.0
 
     @property
     def agreement(self) -> float | None:
-        """Share of samples with the same top class; None where outputs are not class scores."""
-        return None if self.kinds[0] == Kind.VALUES or not self.samples else self.agreements / self.samples
+        """Share of rows of the first output (samples, or their positions) with the same top class; None without class scores."""
+        return self._agreements / self._rows if self._rows else None
 
 
 def _classes(scores: NDArray[np.generic]) -> NDArray[np.float64]:
@@ -132,17 +138,16 @@ def _classes(scores: NDArray[np.generic]) -> NDArray[np.float64]:
 def _compare(kind: Kind, reference: NDArray[np.generic], candidate: NDArray[np.generic]) -> tuple[float, float]:
     """Summed divergence and what to divide it by."""
     if kind == Kind.VALUES:
-        if not np.issubdtype(reference.dtype, np.number) and reference.dtype != np.bool_ or reference.dtype.kind in "iub":
+        if (not np.issubdtype(reference.dtype, np.number) and reference.dtype != np.bool_) or reference.dtype.kind in "iub":
             return float((reference != candidate).sum()), float(reference.size)
         a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
         finite = np.isfinite(a)
-        if not np.isfinite(b[finite]).all():
-            return np.inf, 1.0
-        return float(((a - b)[finite] ** 2).sum()), float((a[finite] ** 2).sum())
+        a, b = a[finite], b[finite]
+        return (float(((a - b) ** 2).sum()), float((a**2).sum())) if np.isfinite(b).all() else (np.inf, 1.0)
     a, b = _log_probabilities(kind, reference), _log_probabilities(kind, candidate)
-    if not np.isfinite(b).all():
-        return np.inf, 1.0
-    return float((np.exp(a) * (a - b)).sum()), float(len(a))
+    count, possible = float(len(a)), np.isfinite(a)  # a class ruled out by the reference, with a score of −∞, weighs nothing
+    a, b = a[possible], b[possible]
+    return (float((np.exp(a) * (a - b)).sum()), count) if np.isfinite(b).all() else (np.inf, 1.0)
 
 
 def _log_probabilities(kind: Kind, scores: NDArray[np.generic]) -> NDArray[np.float64]:

@@ -142,9 +142,7 @@ class Executor:
             model.graph.input.append(declared or _boundary(name, (kinds or {})[name], [state[name] for state in states]))
         model.graph.output.extend(source.declared.get(name, onnx.ValueInfoProto(name=name)) for name in segment.outputs)
         used = {name for index in segment.nodes for name in source.reads[index]}
-        model.graph.sparse_initializer.extend(
-            tensor for tensor in source.proto.graph.sparse_initializer if tensor.values.name in used
-        )
+        model.graph.sparse_initializer.extend(tensor for tensor in source.proto.graph.sparse_initializer if tensor.values.name in used)
         return open_session(
             model,
             weights=self._weights,
@@ -199,9 +197,7 @@ class _Graph:
         fixed = sparse | (self.initializers.keys() if proto.ir_version < _IR_OF_OPTIONAL_INPUTS else set())
         self.inputs: dict[str, onnx.ValueInfoProto] = {value.name: value for value in graph.input if value.name not in fixed}
         self.constants = (self.initializers.keys() | sparse) - self.inputs.keys()
-        self.declared: dict[str, onnx.ValueInfoProto] = {
-            value.name: value for value in (*graph.value_info, *graph.output, *graph.input)
-        }
+        self.declared: dict[str, onnx.ValueInfoProto] = {value.name: value for value in (*graph.value_info, *graph.output, *graph.input)}
         for name in fetches:
             if name not in self.producer and name not in self.inputs and name not in self.initializers:
                 raise InputError(
@@ -299,9 +295,7 @@ def _weight_sizes(graph: _Graph, weight_nodes: Iterable[int]) -> dict[str, int]:
 
 def _inferred_sizes(graph: _Graph, weight_nodes: Iterable[int]) -> dict[str, int]:
     """Bytes of the values that the weight nodes compute, as far as shape inference knows them: value name → bytes."""
-    skeleton = onnx.ModelProto(
-        ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import, functions=graph.proto.functions
-    )
+    skeleton = onnx.ModelProto(ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import, functions=graph.proto.functions)
     skeleton.graph.node.extend(graph.nodes[index] for index in weight_nodes)
     for name in dict.fromkeys(name for index in weight_nodes for name in graph.reads[index] if name in graph.initializers):
         tensor = graph.initializers[name]

@@ -20,7 +20,23 @@ from .sites import Site
 Arrays = tuple[tuple[NDArray[np.generic], ...], ...]
 
 
-def pack(site: Site, form: Form, value: NDArray[np.generic], moment: Moment) -> tuple[Arrays, NDArray[np.float64]]:
+def fit_factors(site: Site, form: Form, weight: NDArray[np.float64], moment: Moment) -> tuple[NDArray[np.float64], ...]:
+    """The float factors of a form, in stored layout; none for a dense form, whose only array is the weight itself.
+
+    Args:
+        site: the site.
+        form: any but "unchanged".
+        weight: (groups, m, n), as the first use sees it.
+        moment: second moment of the site's input.
+    """
+    if form.decomposition == "dense":
+        return ()
+    return DECOMPOSITIONS[form.decomposition, form.execution].fit(weight, moment, site.use, form.ranks)
+
+
+def pack(
+    site: Site, form: Form, value: NDArray[np.generic], moment: Moment, factors: tuple[NDArray[np.float64], ...] | None = None
+) -> tuple[Arrays, NDArray[np.float64]]:
     """The packed arrays of a form, and the weight that they stand for.
 
     Args:
@@ -28,19 +44,21 @@ def pack(site: Site, form: Form, value: NDArray[np.generic], moment: Moment) -> 
         form: any but "unchanged".
         value: the anchor's array.
         moment: second moment of the site's input.
+        factors: from `fit_factors`, where they are known already.
 
     Returns:
         One tuple of packed arrays per array of the form, and Ŵ (groups, m, n) float64 as the layer will see it.
     """
     specs, storage = array_specs(site, form), STORAGES[form.storage]
-    weight = site.matrix(value)
     if form.decomposition == "dense":
         ((spec, axis),) = specs
         packed = storage.encode(value, axis, _importance(site, moment))
         return (packed,), site.matrix(storage.decode(packed, spec))
+    weight = site.matrix(value)
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
-    factors = list(decomposition.fit(weight, moment, site.use, form.ranks))
-    packed_factors, decoded = [], []
+    factors = fit_factors(site, form, weight, moment) if factors is None else factors
+    packed_factors: list[tuple[NDArray[np.generic], ...]] = []
+    decoded: list[NDArray[np.float64]] = []
     for number, (spec, axis) in enumerate(specs):
         last = number == len(specs) - 1
         factor = refit_last(decomposition, weight, moment, site.use, form.ranks, decoded) if last else factors[number]

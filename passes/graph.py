@@ -274,9 +274,6 @@ def extract_prefix(proto: ModelProto, outputs: Sequence[str]) -> ModelProto:
 
 
 def _known_types(graph: GraphProto) -> dict[str, ValueInfoProto]:
-    known = {
-        tensor.name: onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims)
-        for tensor in graph.initializer
-    }
+    known = {tensor.name: onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in graph.initializer}
     known.update((value.name, value) for value in (*graph.value_info, *graph.input, *graph.output))
     return known

@@ -192,6 +192,11 @@ class MicroBench:
         reference_s, candidate_s = self._medians([reference, candidate], shapes, index_limit)
         return reference_s, candidate_s
 
+    def runner(self, model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], *, index_limit: int = 2) -> Callable[[], object]:
+        """Return a function that runs a model once on random inputs, for `measure`; see `pair` for the arguments."""
+        session = open_session(model, threads=self.threads, providers=self.providers)
+        return session.bind(random_feed(model, shapes, index_limit=index_limit))
+
     def _medians(self, models: Sequence[onnx.ModelProto], shapes: Mapping[str, Sequence[int]], index_limit: int) -> list[float]:
         key = digest(
             [structure(model, shapes) for model in models],
@@ -200,10 +205,7 @@ class MicroBench:
         known = self.cache.get_json(_NAMESPACE, key)
         if isinstance(known, list):
             return [float(value) for value in known]
-        runs = []
-        for model in models:
-            session = open_session(model, threads=self.threads, providers=self.providers)
-            runs.append(session.bind(random_feed(model, shapes, index_limit=index_limit)))
+        runs = [self.runner(model, shapes, index_limit=index_limit) for model in models]
         medians_s = [timing.median_s for timing in measure(runs, budget_s=self.budget_s)]
         self.cache.put_json(_NAMESPACE, key, list(medians_s))
         return medians_s
@@ -292,10 +294,7 @@ def _graph_structure(graph: onnx.GraphProto, names: dict[str, int]) -> Json:
     return [
         _numbers(names, (value.name for value in graph.input)),
         [[_number(names, tensor.name), _tensor_structure(tensor)] for tensor in graph.initializer],
-        [
-            [_number(names, tensor.values.name), list(tensor.dims), _tensor_structure(tensor.values)]
-            for tensor in graph.sparse_initializer
-        ],
+        [[_number(names, tensor.values.name), list(tensor.dims), _tensor_structure(tensor.values)] for tensor in graph.sparse_initializer],
         [_node_structure(node, names) for node in graph.node],
         _numbers(names, (value.name for value in graph.output)),
     ]

@@ -84,9 +84,7 @@ def _read(path: Path) -> bytes:
         if not stat.S_ISREG(status.st_mode):
             raise InputError("is not a regular file, expected an ONNX file; copy the model to a file")
         if status.st_size > PROTOBUF_LIMIT_BYTES:
-            raise InputError(
-                f"has {status.st_size} bytes, expected at most {PROTOBUF_LIMIT_BYTES}; export the model with external data"
-            )
+            raise InputError(f"has {status.st_size} bytes, expected at most {PROTOBUF_LIMIT_BYTES}; export the model with external data")
         return path.read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
         reason = error.strerror if isinstance(error, OSError) else error
@@ -140,9 +138,7 @@ def _check_versions(proto: onnx.ModelProto) -> None:
         )
     opsets = {entry.version for entry in proto.opset_import if entry.domain in _STANDARD_DOMAINS}
     if len(opsets) != 1:
-        raise InputError(
-            f"imports {len(opsets)} versions of the default opset {sorted(opsets)}, expected one; export the model again"
-        )
+        raise InputError(f"imports {len(opsets)} versions of the default opset {sorted(opsets)}, expected one; export the model again")
     (opset,) = opsets
     newest = newest_opset()
     if not OLDEST_OPSET <= opset <= newest:
@@ -155,9 +151,7 @@ def _check_texts(message: Message) -> None:
         if descriptor.type == descriptor.TYPE_STRING:
             for text in [value] if isinstance(value, (str, bytes)) else value:
                 if isinstance(text, bytes):
-                    raise InputError(
-                        f"{descriptor.full_name} {text[:40]!r} is not UTF-8, expected text; export the model again"
-                    )
+                    raise InputError(f"{descriptor.full_name} {text[:40]!r} is not UTF-8, expected text; export the model again")
         elif descriptor.type == descriptor.TYPE_MESSAGE:
             for child in [value] if isinstance(value, Message) else value:
                 _check_texts(child)

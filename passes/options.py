@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 from .session import CPU
 
 T = TypeVar("T")
 
-Progress = Callable[[Iterable[T], str, int], Iterable[T]]
-"""progress(items, what, count): passes the items on and shows how far it is."""
+
+class Progress(Protocol):
+    """Shows how far a loop is."""
+
+    def __call__(self, items: Iterable[T], what: str, count: int) -> Iterable[T]:
+        """Pass the items on; `what` is being done to `count` of them."""
+        ...
 
 
 def silent(items: Iterable[T], what: str, count: int) -> Iterable[T]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.form import UNCHANGED, Form
@@ -16,6 +18,9 @@ from .errors import InfeasibleError, InputError
 
 VERSION = 1
 """Of the file format."""
+
+UNITS = ("kl_nats", "relative_mse")
+"""Of divergences."""
 
 
 @dataclass(frozen=True)
@@ -96,35 +101,59 @@ class Plan:
         return self.correction.divergence * sum(c.divergence for c in chosen if c is not None)
 
     @property
+    def size_bytes(self) -> int:
+        """Predicted bytes of the whole plan, to within a few bytes of field lengths."""
+        chosen = [c for c in map(self.candidate, self.forms) if c is not None]
+        shared = {name for c in chosen for name in c.shared}
+        return self.menu.base.size_bytes + sum(c.size_bytes for c in chosen) + sum(self.menu.shared[name] for name in shared)
+
+    @property
     def latency_s(self) -> float:
         """Predicted latency of the whole plan, corrected."""
         chosen = [self.candidate(site) for site in self.forms]
         return self.menu.base.latency_s + self.correction.latency * sum(c.latency_s for c in chosen if c is not None)
 
 
-def choose(menu: Menu, budget: Budget, correction: Correction = Correction()) -> Plan:
+def choose(menu: Menu, budget: Budget, correction: Correction = Correction(), usable: float = 1.0) -> Plan:
     """Solve for a budget.
+
+    Args:
+        menu: what to choose from.
+        budget: limits and what to minimize.
+        correction: of the menu's predictions.
+        usable: share of the latency and divergence budgets that the choice may use.
 
     Raises:
         InfeasibleError: no choice meets it; the message names the nearest feasible values.
+    """
+    tightened = Budget(
+        None if budget.size_bytes is None else budget.size_bytes - correction.spare_bytes,
+        None if budget.latency_s is None else budget.latency_s * usable,
+        None if budget.divergence is None else budget.divergence * usable,
+        budget.minimize,
+    )
+    solution = solve(_problem(menu, correction), tightened)
+    if not solution.choice:
+        raise InfeasibleError(infeasible_message(menu, budget, solution, correction.spare_bytes, usable))
+    forms = {name: options[i].form for (name, options), i in zip(menu.candidates.items(), solution.choice, strict=True)}
+    return Plan(menu, forms, budget, solution, correction)
+
+
+def _problem(menu: Menu, correction: Correction) -> Problem:
+    """The menu as the solver sees it.
+
+    Raises:
+        ValueError: a cost is not finite, or a candidate shares an unknown resource.
     """
     groups = tuple(
         tuple(Option(c.size_bytes, correction.latency * c.latency_s, correction.divergence * c.divergence, c.shared) for c in candidates)
         for candidates in menu.candidates.values()
     )
-    problem = Problem(groups, menu.base, menu.shared)
-    tightened = budget
-    if budget.size_bytes is not None and correction.spare_bytes:
-        tightened = Budget(budget.size_bytes - correction.spare_bytes, budget.latency_s, budget.divergence, budget.minimize)
-    solution = solve(problem, tightened)
-    if not solution.choice:
-        raise InfeasibleError(infeasible_message(menu, budget, solution))
-    forms = {name: options[i].form for (name, options), i in zip(menu.candidates.items(), solution.choice, strict=True)}
-    return Plan(menu, forms, budget, solution, correction)
+    return Problem(groups, menu.base, menu.shared)
 
 
-def infeasible_message(menu: Menu, budget: Budget, solution: Solution) -> str:
-    """One line that names the budget and the nearest feasible one."""
+def infeasible_message(menu: Menu, budget: Budget, solution: Solution, spare_bytes: int = 0, usable: float = 1.0) -> str:
+    """One line that names the budget and the nearest feasible one, of which a share is usable and some bytes stay free."""
     asked = []
     if budget.size_bytes is not None:
         asked.append(f"size {budget.size_bytes:,.0f} B")
@@ -136,12 +165,20 @@ def infeasible_message(menu: Menu, budget: Budget, solution: Solution) -> str:
     offers = []
     if near is not None:
         if near.size_bytes is not None:
-            offers.append(f"--size {near.size_bytes}B" + (" (without the other budgets)" if "size" in near.alone else ""))
+            offers.append(f"--size {near.size_bytes + spare_bytes}B" + (" (without the other budgets)" if "size" in near.alone else ""))
         if near.latency_s is not None:
-            offers.append(f"--latency {near.latency_s * 1e3:.4g}ms" + (" (without the other budgets)" if "latency" in near.alone else ""))
+            offers.append(
+                f"--latency {_up(near.latency_s / usable * 1e3)}ms" + (" (without the other budgets)" if "latency" in near.alone else "")
+            )
         if near.divergence is not None:
-            offers.append(f"--error {near.divergence:.4g}" + (" (without the other budgets)" if "error" in near.alone else ""))
+            offers.append(f"--error {_up(near.divergence / usable)}" + (" (without the other budgets)" if "error" in near.alone else ""))
     return f"no plan meets {', '.join(asked) or 'the budget'}; nearest feasible: {' or '.join(offers) or 'unknown'}; relax a budget or --exclude less"
+
+
+def _up(value: float) -> str:
+    """Four digits, rounded up, so that a limit that was attained stays attainable."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 3) if value > 0 else 1.0
+    return f"{math.ceil(value * (1 + 1e-9) / unit) * unit:.4g}"
 
 
 def to_json(plan: Plan) -> str:
@@ -173,17 +210,16 @@ def to_json(plan: Plan) -> str:
             if solution is None
             else {
                 "status": solution.status,
-                "objective": solution.objective,
+                "objective": float(solution.objective),
                 "bound": solution.bound,
                 "gap": solution.gap,
                 "seconds": solution.seconds,
                 "candidates": solution.candidates,
+                "choice": list(solution.choice),
             },
             "sites": {name: _form_json(form) for name, form in plan.forms.items()},
             "candidates": {
-                name: [
-                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, list(c.shared)] for c in candidates
-                ]
+                name: [[*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, list(c.shared)] for c in candidates]
                 for name, candidates in plan.menu.candidates.items()
             },
         },
@@ -192,18 +228,25 @@ def to_json(plan: Plan) -> str:
 
 
 def _form_json(form: Form) -> dict[str, object]:
-    return {"decomposition": form.decomposition, "ranks": list(form.ranks), "storage": form.storage, "execution": form.execution}
+    return {
+        "decomposition": form.decomposition,
+        "ranks": list(form.ranks),
+        "storage": form.storage,
+        "execution": form.execution,
+    }
 
 
 def _form(decomposition: object, ranks: object, storage: object, execution: object, where: str) -> Form:
     if not (isinstance(decomposition, str) and isinstance(storage, str) and isinstance(execution, str) and isinstance(ranks, list)):
         raise InputError(f"{where}: expected decomposition, ranks, storage and execution; see a plan that `intaglio plan` wrote")
-    if not all(isinstance(r, int) and r > 0 for r in ranks):
+    if not all(type(r) is int and r > 0 for r in ranks):
         raise InputError(f"{where}: ranks {ranks} are not positive whole numbers; write for example [64]")
     form = Form(decomposition, tuple(ranks), storage, execution)
     known = {("unchanged", "dense"), ("dense", "dense"), *DECOMPOSITIONS}
     if (decomposition, execution) not in known:
-        raise InputError(f"{where}: unknown form {decomposition}/{execution}; expected one of {', '.join('/'.join(k) for k in sorted(known))}")
+        raise InputError(
+            f"{where}: unknown form {decomposition}/{execution}; expected one of {', '.join('/'.join(k) for k in sorted(known))}"
+        )
     if storage not in STORAGES:
         raise InputError(f"{where}: unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
     return UNCHANGED if decomposition == "unchanged" else form
@@ -226,19 +269,28 @@ def read_plan(path: Path) -> Plan:
             raise InputError(f"plan {path}: version {document['intaglio_plan']}, expected {VERSION}; solve again with `intaglio plan`")
         candidates = {
             name: tuple(
-                Candidate(_form(*row[:4], f"plan {path}, candidate of {name}"), int(row[4]), float(row[5]), float(row[6]), float(row[7]), tuple(row[8]))
+                Candidate(
+                    _form(row[0], row[1], row[2], row[3], f"plan {path}, candidate of {name}"),
+                    int(row[4]),
+                    float(row[5]),
+                    float(row[6]),
+                    float(row[7]),
+                    tuple(row[8]),
+                )
                 for row in rows
             )
             for name, rows in document["candidates"].items()
         }
         base = document["base"]
         menu = Menu(
-            document["model_sha256"],
+            str(document["model_sha256"]),
             candidates,
-            Cost(base["size_bytes"], base["latency_s"], base["divergence"]),
-            document["shared"],
+            Cost(int(base["size_bytes"]), float(base["latency_s"]), float(base["divergence"])),
+            {name: int(size_bytes) for name, size_bytes in document["shared"].items()},
             document["unit"],
         )
+        if menu.unit not in UNITS:
+            raise ValueError("unit")
         limits = document["budget"]
         budget = Budget(limits["size_bytes"], limits["latency_s"], limits["divergence"], limits["minimize"])
         forms = {
@@ -246,7 +298,21 @@ def read_plan(path: Path) -> Plan:
             for name, f in document["sites"].items()
         }
         known = document["correction"]
-        correction = Correction(known["divergence"], known["latency"], known["spare_bytes"])
+        correction = Correction(float(known["divergence"]), float(known["latency"]), int(known["spare_bytes"]))
+        _problem(menu, correction)
+        solution = _solution(document["solver"], menu, forms)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise InputError(f"plan {path}: field {error} is missing or malformed; give a file that `intaglio plan` wrote") from error
-    return Plan(menu, forms, budget, None, correction)
+    return Plan(menu, forms, budget, solution, correction)
+
+
+def _solution(solver: Mapping[str, Any] | None, menu: Menu, forms: Mapping[str, Form]) -> Solution | None:
+    """The solver's answer, as far as a plan holds it; None where the forms are not the ones that it chose."""
+    if solver is None:
+        return None
+    choice = tuple(int(index) for index in solver["choice"])
+    chosen = {name: options[index].form for (name, options), index in zip(menu.candidates.items(), choice, strict=True)}
+    if chosen != dict(forms):
+        return None
+    objective, bound, gap, seconds = (float(solver[name]) for name in ("objective", "bound", "gap", "seconds"))
+    return Solution(solver["status"], choice, objective, bound, gap, seconds, int(solver["candidates"]), None, None)

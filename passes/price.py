@@ -7,20 +7,20 @@ shapes, each measured in alternation with the original operator. Storage never c
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from intaglio.ops.emit import DOMAIN, Spec, onnx_type
+from intaglio.ops.emit import DOMAIN, Array, Spec, onnx_type, spec_of
 from intaglio.ops.families import FAMILIES
 from intaglio.ops.form import UNCHANGED, Form
 
 from .calibrate import Shapes
 from .errors import InputError
 from .graph import MAIN, all_names, field_size
-from .latency import MicroBench
+from .latency import MicroBench, measure, structure
 from .model import Model
 from .rewrite import FUNCTION_IR, Fragment, declines, fragment, ghost_tensor, ghosts, rewrite
 from .save import serialized_size
@@ -158,49 +158,89 @@ class LatencyPricer:
         self._small = {
             t.name: t for t in model.proto.graph.initializer if t.data_location != TensorProto.EXTERNAL and t.ByteSize() < 1 << 20
         }
+        self._large = {
+            t.name: Spec(tuple(t.dims), helper.tensor_dtype_to_np_dtype(t.data_type))
+            for t in model.proto.graph.initializer
+            if t.name not in self._small
+        }
         self._reference: dict[str, float] = {}
 
     def measurable(self, site: Site) -> bool:
-        """Whether the site's operator can be run by itself."""
-        return site.name in self._shapes and len(site.uses) == 1 and site.uses[0].scope == MAIN
+        """Whether the site's operator can be run by itself; the time of a recurrent layer counts for the weight of its input."""
+        _, own = FAMILIES[site.use.key].activation(site.use)
+        return not own and site.name in self._shapes and len(site.uses) == 1 and site.uses[0].scope == MAIN
+
+    def calibrate(self, sites: Sequence[Site], whole: Callable[[], object]) -> float:
+        """Time the whole model and every site's original operator in the same rounds, so that drift cannot set them apart.
+
+        Operators by themselves take a little longer than in place (layouts are converted at their borders); where their sum comes out
+        above what the whole model takes, all are scaled down to it.
+
+        Args:
+            sites: whose references to measure.
+            whole: runs the model once.
+
+        Returns:
+            Seconds of one run of the model.
+        """
+        measurable = [site for site in sites if self.measurable(site)]
+        micros = {site.name: self._micro(site, None) for site in measurable}
+        distinct: dict[str, tuple[str, Callable[[], object]]] = {}
+        keys = {}
+        for site in measurable:
+            shapes = {"x": self._shapes[site.name].input}
+            keys[site.name] = key = structure(micros[site.name], shapes)
+            if key not in distinct:
+                distinct[key] = (site.name, self._bench.runner(micros[site.name], shapes, index_limit=site.use.view.n))
+        timings = measure([whole, *(run for _, run in distinct.values())], budget_s=1.0)
+        base_s = timings[0].minimum_s
+        seconds = {key: timing.minimum_s for key, timing in zip(distinct, timings[1:], strict=True)}
+        total_s = sum(seconds[key] for key in keys.values())
+        scale = min(1.0, base_s / total_s) if total_s > 0 else 1.0
+        self._reference = {name: scale * seconds[key] for name, key in keys.items()}
+        return base_s
 
     def reference(self, site: Site) -> float:
-        """Seconds of the original operator; 0 where it cannot be measured."""
+        """Seconds of the original operator: in the units of `calibrate` where that was called, by itself otherwise; 0 if it cannot be run."""
         if not self.measurable(site):
             return 0.0
         if site.name not in self._reference:
-            self._reference[site.name] = self._bench.seconds(
-                self._micro(site, None), {"x": self._shapes[site.name].input}, index_limit=site.use.view.n
-            )
+            shapes = {"x": self._shapes[site.name].input}
+            self._reference[site.name] = self._bench.seconds(self._micro(site, None), shapes, index_limit=site.use.view.n)
         return self._reference[site.name]
 
     def change(self, site: Site, form: Form) -> float:
         """Seconds that a form adds to (or, negative, saves from) a run of the site's operator."""
         if form.execution == "dense" or not self.measurable(site):
             return 0.0
-        before, after = self._bench.pair(
+        before_s, after_s = self.pair(site, form)
+        return self.reference(site) * (after_s / before_s - 1)
+
+    def pair(self, site: Site, form: Form) -> tuple[float, float]:
+        """Seconds of a measurable site's operator and of what a form makes of it, measured in alternation."""
+        return self._bench.pair(
             self._micro(site, None),
             self._micro(site, Form(form.decomposition, form.ranks, "float", form.execution)),
             {"x": self._shapes[site.name].input},
             index_limit=site.use.view.n,
         )
-        return after - before
 
     def _micro(self, site: Site, form: Form | None) -> ModelProto:
         """The site's operator, or what a form makes of it, as a model with one input x."""
         use, rng = site.use, np.random.default_rng(0)
         node = NodeProto()
         node.CopyFrom(use.node)
-        value, own = FAMILIES[use.key].activation(use)
-        if own:
-            value = node.input[0]
+        value, _ = FAMILIES[use.key].activation(use)
         weight = use.node.input[use.index]
         initializers = []
+        others: dict[str, Spec] = {}
         for index, name in enumerate(node.input):
             if name in ("", value, weight):
                 continue
             if name in self._small:
                 initializers.append(self._small[name])
+            elif name in self._large:
+                others[name] = self._large[name]
             elif index > 0:
                 node.input[index] = ""  # initial states, lengths, residual inputs: left out on both sides
         while node.input and not node.input[-1]:
@@ -209,24 +249,30 @@ class LatencyPricer:
         twin = type(use)(node, use.index, use.view)
         if form is None:
             nodes = [node]
-            arrays = {weight: Spec(use.view.shape, site.dtype)}
+            arrays = {weight: Spec(use.view.shape, site.uses[0].dtype)}
         else:
             part = fragment(_single(site, twin), form, ghosts(site, form), self._proto, frozenset())
             nodes = [*part.weights, *(n for nodes in part.replacements for n in nodes)]
             arrays = {name: Spec(tuple(array.shape), array.dtype) for name, array in part.initializers.items()}
-        initializers += [numpy_helper.from_array(_noise(spec, rng), name) for name, spec in arrays.items()]
-        kind = TensorProto.INT64 if site.op_type == "Gather" else onnx_type(site.dtype)
+        initializers += [numpy_helper.from_array(noise(spec, rng), name) for name, spec in (others | arrays).items()]
+        kind = TensorProto.INT64 if site.op_type == "Gather" else onnx_type(site.uses[0].dtype)
         for each in nodes:
             for index, name in enumerate(each.input):
                 if name == value:
                     each.input[index] = "x"
         graph = helper.make_graph(
-            nodes, "micro", [helper.make_tensor_value_info("x", kind, None)], [helper.make_empty_tensor_value_info(output)], initializers
+            nodes,
+            "micro",
+            [helper.make_tensor_value_info("x", kind, None)],
+            [helper.make_empty_tensor_value_info(output)],
+            initializers,
         )
         return helper.make_model(graph, opset_imports=list(self._proto.opset_import), ir_version=max(4, self._proto.ir_version))
 
 
-def _noise(spec: Spec, rng: np.random.Generator) -> np.ndarray:
+def noise(array: Array, rng: np.random.Generator) -> np.ndarray:
+    """Random values of an array's shape and dtype, scaled like weights; zeros for integers."""
+    spec = spec_of(array)
     if spec.dtype.kind in "iu":
         return np.zeros(spec.shape, spec.dtype)
     return (rng.standard_normal(spec.shape) / max(1, spec.shape[-1]) ** 0.5).astype(spec.dtype)

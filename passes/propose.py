@@ -1,13 +1,13 @@
 """Propose candidates: every form that a site can take, with its relative local error, from a few spectra per site.
 
 Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding errors of the
-dense weight are computed; those of factors are computed once per storage at a middle rank and taken for the other ranks too.
+dense weight are computed; those of factors are computed once per decomposition and storage, at a middle rank, and taken for the other ranks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,7 @@ from intaglio.ops.form import UNCHANGED, Form
 from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.storage import STORAGES
 
-from .fit import pack
+from .fit import fit_factors, pack
 from .rewrite import declines
 from .sites import Site
 
@@ -79,7 +79,7 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
             reasons.append(f"{form}: {reason}")
             continue
         proposals.append(Proposal(form, 0.0, _dense_error(site, form, value, weight, moment)))
-    rounding: dict[str, float] = {}
+    priced: dict[str, _Prices] = {}
     for (name, execution), decomposition in DECOMPOSITIONS.items():
         if name not in allowed.decompositions or execution not in allowed.executions:
             continue
@@ -87,56 +87,54 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
         if reason:
             reasons.append(f"{name}/{execution}: {reason}")
             continue
-        proposals += _factored(site, decomposition, weight, value, moment, allowed.storages, rounding)
+        if name not in priced:  # how the factors run changes neither what they leave out nor, to speak of, how they round
+            priced[name] = _prices(site, decomposition, weight, value, moment, allowed.storages)
+        prices = priced[name]
+        forms = [(Form(name, rank, storage, execution), error) for storage in allowed.storages for rank, error in prices.truncation]
+        proposals += [
+            Proposal(form, error, prices.rounding[form.storage] * (1 - error)) for form, error in forms if declines(site, form) is None
+        ]
     return tuple(p for p in proposals if p.truncation + p.rounding <= WORST_ERROR), tuple(reasons)
+
+
+@dataclass(frozen=True)
+class _Prices:
+    """Errors of one decomposition of one site.
+
+    Attributes:
+        truncation: (ranks, relative error) over the grid.
+        rounding: storage → relative error that storing the factors adds.
+    """
+
+    truncation: tuple[tuple[tuple[int, ...], float], ...]
+    rounding: dict[str, float]
 
 
 def _dense_error(site: Site, form: Form, value: NDArray[np.generic], weight: NDArray[np.float64], moment: Moment) -> float:
     return relative_error(weight, pack(site, form, value, moment)[1], moment)
 
 
-def _factored(
+def _prices(
     site: Site,
     decomposition: Decomposition,
     weight: NDArray[np.float64],
     value: NDArray[np.generic],
     moment: Moment,
     storages: Sequence[str],
-    rounding: dict[str, float],
-) -> list[Proposal]:
+) -> _Prices:
+    """Truncation at every rank of the grid, and rounding at the middle one."""
     ranks = decomposition.grid(site.use)
+    rounding = dict.fromkeys(storages, 0.0)
     if not ranks:
-        return []
+        return _Prices((), rounding)
     errors = decomposition.errors(weight, moment, site.use, ranks)
-    found = []
+    middle = len(ranks) // 2
+    form = Form(decomposition.name, ranks[middle], "float", decomposition.execution)
+    factors = fit_factors(site, form, weight, moment)
+    exact = relative_error(weight, pack(site, form, value, moment, factors)[1], moment)
     for storage in storages:
-        if storage not in rounding:
-            rounding[storage] = _factor_rounding(site, storage, value, weight, moment, decomposition)
-        share = 1.5 if len(decomposition.shapes(site.use, ranks[0])) > 2 else 1.0
-        for rank, error in zip(ranks, errors, strict=True):
-            form = Form(decomposition.name, rank, storage, decomposition.execution)
-            if declines(site, form) is None:
-                found.append(Proposal(form, error, share * rounding[storage] * (1 - error)))
-    return found
-
-
-def _factor_rounding(
-    site: Site, storage: str, value: NDArray[np.generic], weight: NDArray[np.float64], moment: Moment, decomposition: Decomposition
-) -> float:
-    """Relative error that storing both factors of a low-rank form adds, at a middle rank."""
-    if storage == "float":
-        return 0.0
-    name = decomposition.name if decomposition.name in ("lowrank", "channel_svd") else "channel_svd"
-    simple = DECOMPOSITIONS[name, "dense"]
-    ranks = simple.grid(site.use)
-    if not ranks:
-        return 0.0
-    middle = ranks[len(ranks) // 2]
-    form = Form(name, middle, storage, "dense")
-    if declines(site, form):
-        form = Form(name, middle, storage, "contract")
-    if declines(site, form):
-        return 0.0
-    exact = simple.errors(weight, moment, site.use, [middle])[0]
-    total = relative_error(weight, pack(site, form, value, moment)[1], moment)
-    return max(0.0, total - exact) / max(1e-12, 1 - exact)
+        stored = replace(form, storage=storage)
+        if storage != "float" and declines(site, stored) is None:
+            total = relative_error(weight, pack(site, stored, value, moment, factors)[1], moment)
+            rounding[storage] = max(0.0, total - exact) / max(1e-12, 1 - exact)
+    return _Prices(tuple(zip(ranks, errors, strict=True)), rounding)

@@ -24,7 +24,7 @@ from intaglio.ops.storage import STORAGES
 from .canonicalize import remove_dead
 from .graph import all_names, reads, scopes
 from .model import Model
-from .sites import Site, opset
+from .sites import Site, SiteUse, opset
 
 FUNCTION_IR = 8
 """The IR version from which a model can carry functions."""
@@ -60,7 +60,8 @@ def array_specs(site: Site, form: Form) -> tuple[tuple[Spec, int], ...]:
         return ((Spec(site.shape, site.dtype), _anchor_axis(site, axis)),)
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
     shapes, axes = decomposition.shapes(site.use, form.ranks), decomposition.axes(site.use)
-    return tuple((Spec(shape, site.dtype), axis) for shape, axis in zip(shapes, axes, strict=True))
+    dtype = site.dtype if form.execution == "dense" else site.uses[0].dtype
+    return tuple((Spec(shape, dtype), axis) for shape, axis in zip(shapes, axes, strict=True))
 
 
 def _anchor_axis(site: Site, axis: int) -> int:
@@ -120,12 +121,18 @@ def declines(site: Site, form: Form) -> str | None:
             return reason
         if form.execution == "dense" and site.order is not None:
             return "the weight is turned round before it is used"
-        if form.execution == "contract" and any(use.use.view != site.use.view or use.use.key != site.use.key for use in site.uses):
+        if form.execution == "contract" and not all(_reads_alike(use, site.uses[0]) for use in site.uses):
             return "a tied weight whose uses read it differently"
         if form.execution == "contract" and any(use.scope != site.scope for use in site.uses):
             return "used in another graph than it is defined in"
         specs = array_specs(site, form)
     return next((reason for spec, _ in specs if (reason := STORAGES[form.storage].accepts(spec))), None)
+
+
+def _reads_alike(one: SiteUse, other: SiteUse) -> bool:
+    """Whether the same factors can stand for the weight in both uses."""
+    alike = one.use.view == other.use.view and one.use.key == other.use.key and one.use.index == other.use.index
+    return alike and one.dtype == other.dtype and np.array_equal(one.order, other.order)  # type: ignore[arg-type]  # None equals None
 
 
 def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Site]) -> Model:

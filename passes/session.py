@@ -323,9 +323,7 @@ def _serialize(light: onnx.ModelProto, label: str) -> bytes:
     try:
         return bytes(light.SerializeToString())
     except EncodeError as error:
-        raise InputError(
-            f"{label} has over 2 GB besides its initializers; move the constants of its nodes to initializers"
-        ) from error
+        raise InputError(f"{label} has over 2 GB besides its initializers; move the constants of its nodes to initializers") from error
 
 
 def _all_ort_values(values: Mapping[str, Value]) -> bool:

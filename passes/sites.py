@@ -18,17 +18,31 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
-from onnx.reference import ReferenceEvaluator
 
-from intaglio.ops.emit import FLOAT_TYPES
+from intaglio.ops.emit import FLOAT_TYPES, onnx_type
 from intaglio.ops.families import FAMILIES, Use
 
 from .graph import MAIN, Scope, ValueIndex, output_names, scopes
 from .model import Model
+from .session import open_session, to_array, to_value
 
 MIN_ELEMENTS = 256
 """Smaller weights cost less than the nodes that would rebuild them."""
 
+_STANDARD = ("", "ai.onnx")
+_IR = 4  # of one-node models: the oldest that takes inputs alone
+_INTEGERS = frozenset(
+    (
+        TensorProto.INT4,
+        TensorProto.UINT4,
+        TensorProto.INT8,
+        TensorProto.UINT8,
+        TensorProto.INT16,
+        TensorProto.UINT16,
+        TensorProto.INT32,
+    )
+)
+_WHOLE_BYTES = {"int4": np.dtype(np.int8), "uint4": np.dtype(np.uint8)}
 _WIDENING = ("DequantizeLinear", "Cast")
 _CHAIN = ("Identity", "Cast", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten")
 
@@ -40,11 +54,13 @@ class SiteUse:
     Attributes:
         use: node, input index and matrix view of the value that arrives there.
         scope: path of the node's scope.
+        dtype: of the value that arrives there, which a Cast may have changed.
         order: as in `Site`, for this use.
     """
 
     use: Use
     scope: str
+    dtype: np.dtype[np.generic]
     order: NDArray[np.int64] | None
 
 
@@ -151,20 +167,27 @@ class _Anchor:
 
 def opset(proto: onnx.ModelProto) -> int:
     """Version of the default operator domain."""
-    return next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), 0)
+    return next((o.version for o in proto.opset_import if o.domain in _STANDARD), 0)
 
 
 def evaluate(node: NodeProto, inputs: list[NDArray[np.generic]], version: int) -> NDArray[np.generic]:
-    """Run one node on arrays under onnx's reference evaluator."""
+    """Run one node on arrays under ONNX Runtime; 4-bit integers are fed as whole bytes, which no operator here tells apart.
+
+    Args:
+        node: a node of the default domain with one output.
+        inputs: one array for each input that is not left out.
+        version: of the default domain.
+    """
     names = [name for name in node.input if name]
-    infos = [helper.make_tensor_value_info(n, helper.np_dtype_to_tensor_dtype(a.dtype), a.shape) for n, a in zip(names, inputs, strict=True)]
-    outputs = [onnx.ValueInfoProto(name=node.output[0])]
-    model = helper.make_model(helper.make_graph([node], "one", infos, outputs), opset_imports=[helper.make_opsetid("", version)])
-    return np.asarray(ReferenceEvaluator(model).run(None, dict(zip(names, inputs, strict=True)))[0])
+    arrays = [array.astype(_WHOLE_BYTES.get(array.dtype.name, array.dtype), copy=False) for array in inputs]
+    infos = [helper.make_tensor_value_info(n, onnx_type(a.dtype), a.shape) for n, a in zip(names, arrays, strict=True)]
+    graph = helper.make_graph([node], "one", infos, [onnx.ValueInfoProto(name=node.output[0])])
+    session = open_session(helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=_IR), optimize=False)
+    return to_array(session.run([node.output[0]], {n: to_value(a) for n, a in zip(names, arrays, strict=True)})[0])
 
 
-def find_sites(model: Model) -> Sites:
-    """Every weight of the model, as a site or as a skip with its reason."""
+def find_sites(model: Model, *, min_elements: int = MIN_ELEMENTS) -> Sites:
+    """Every weight of the model, as a site or, with its reason, as a skip; smaller weights than `min_elements` are skipped."""
     found: list[Site] = []
     skipped: list[Skip] = []
     index = ValueIndex(model.proto)
@@ -175,16 +198,27 @@ def find_sites(model: Model) -> Sites:
         for anchor in _anchors(scope, index, opset(model.proto)):
             name = anchor.name if scope.path == MAIN else f"{scope.path}:{anchor.name}"
             size = sum(model.weights.nbytes(tensor) for tensor in anchor.sources)
-            uses, reasons = _collect(anchor.name, scope, anchor.shape, index, opset(model.proto), outputs)
+            if isinstance(scope.body, onnx.FunctionProto):
+                skipped.append(Skip(name, "inside a model-local function", "", anchor.shape, size))
+                continue
+            uses, reasons = _collect(anchor.name, scope, anchor.shape, anchor.dtype, index, opset(model.proto), outputs)
             if scope.path == MAIN and anchor.name in overridable:
                 reasons.append("a graph input that callers may override")
-            if scope.path.startswith("function"):
-                reasons.append("inside a model-local function")
-            if int(np.prod(anchor.shape, dtype=np.int64)) < MIN_ELEMENTS:
-                reasons.append(f"fewer than {MIN_ELEMENTS} weights")
+            if int(np.prod(anchor.shape, dtype=np.int64)) < min_elements:
+                reasons.append(f"fewer than {min_elements} weights")
             if uses and not reasons:
                 found.append(
-                    Site(name, anchor.name, scope.path, anchor.shape, anchor.dtype, tuple(uses), anchor.sources, anchor.widening, uses[0].order)
+                    Site(
+                        name,
+                        anchor.name,
+                        scope.path,
+                        anchor.shape,
+                        anchor.dtype,
+                        tuple(uses),
+                        anchor.sources,
+                        anchor.widening,
+                        uses[0].order,
+                    )
                 )
             else:
                 op_type = uses[0].use.node.op_type if uses else ""
@@ -200,7 +234,7 @@ def _anchors(scope: Scope, index: ValueIndex, version: int) -> Iterator[_Anchor]
     if isinstance(scope.body, onnx.GraphProto):
         tensors += [(tensor.name, tensor) for tensor in scope.body.initializer]
     for node in scope.body.node:
-        if node.op_type == "Constant" and node.attribute and node.attribute[0].name == "value":
+        if node.op_type == "Constant" and node.domain in _STANDARD and node.attribute and node.attribute[0].name == "value":
             tensors.append((node.output[0], node.attribute[0].t))
     stored = dict(tensors)
     for name, tensor in tensors:
@@ -208,10 +242,10 @@ def _anchors(scope: Scope, index: ValueIndex, version: int) -> Iterator[_Anchor]
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             yield _Anchor(scope, name, tuple(tensor.dims), dtype, (tensor,), None)
     for node in scope.body.node:
-        if node.op_type not in _WIDENING or not all(name in stored for name in node.input if name):
+        if node.op_type not in _WIDENING or node.domain not in _STANDARD or not all(name in stored for name in node.input if name):
             continue
         first = stored[node.input[0]]
-        if first.data_type in FLOAT_TYPES or len(first.dims) < 2:
+        if first.data_type not in _INTEGERS or len(first.dims) < 2:
             continue
         to = next((a.i for a in node.attribute if a.name in ("to", "output_dtype") and a.i), 0)
         scale_type = stored[node.input[1]].data_type if node.op_type == "DequantizeLinear" else 0
@@ -225,6 +259,7 @@ def _collect(
     name: str,
     scope: Scope,
     value: NDArray[np.int64] | tuple[int, ...],
+    dtype: np.dtype[np.generic],
     index: ValueIndex,
     version: int,
     outputs: set[tuple[str, str]],
@@ -240,13 +275,18 @@ def _collect(
     if (scope.path, name) in outputs:
         reasons.append("it is an output of its graph")
     for read in index.uses(name, scope):
-        node, key = read.node, ("" if read.node.domain == "ai.onnx" else read.node.domain, read.node.op_type)
+        node, key = read.node, ("" if read.node.domain in _STANDARD else read.node.domain, read.node.op_type)
         if key[0] == "" and node.op_type in _CHAIN and read.index == 0:
             after = _follow(node, value, index, read.scope, version)
             if after is None:
                 reasons.append(f"{node.op_type} whose parameters are not constants")
                 continue
-            more, against = _collect(node.output[0], read.scope, after, index, version, outputs)
+            kind = next((a.i for a in node.attribute if a.name == "to"), 0) if node.op_type == "Cast" else onnx_type(dtype)
+            if kind not in FLOAT_TYPES:
+                reasons.append(f"cast to {TensorProto.DataType.Name(kind)}")
+                continue
+            after_dtype = helper.tensor_dtype_to_np_dtype(kind)
+            more, against = _collect(node.output[0], read.scope, after, after_dtype, index, version, outputs)
             uses += more
             reasons += against
             continue
@@ -264,7 +304,7 @@ def _collect(
         if producer is not None and producer.node.op_type == "DequantizeLinear":
             reasons.append("its input is dequantized: it runs in integers already")
             continue
-        uses.append(SiteUse(use, read.scope.path, order))
+        uses.append(SiteUse(use, read.scope.path, dtype, order))
     return uses, reasons
 
 

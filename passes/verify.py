@@ -62,7 +62,7 @@ def compare(
     *,
     kind: str = "auto",
     metric: str | None = None,
-    progress: Progress[object] = silent,
+    progress: Progress = silent,
 ) -> Comparison:
     """Run both models on the same feeds.
 
@@ -98,9 +98,9 @@ def compare(
     whole = any(executor.segment_count > 1 for executor in executors)
     groups = [chunks] if whole else [[chunk] for chunk in chunks]
     for group in progress(groups, "Verifying", len(groups)):
-        feeds = [feed for feed, _ in group]  # type: ignore[attr-defined]
+        feeds = [feed for feed, _ in group]
         results = [list(executor.run(feeds)) for executor in executors]
-        for number, (_, rows) in enumerate(group):  # type: ignore[arg-type]
+        for number, (_, rows) in enumerate(group):
             total.add(results[0][number], results[1][number])
             labels = data.labels(rows)
             if labels is not None:

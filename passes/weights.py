@@ -306,9 +306,7 @@ class WeightStore:
         try:
             status = path.lstat()
         except OSError as error:
-            raise InputError(
-                f"external data file {path}: {error.strerror}, expected a regular file; put it beside the model"
-            ) from error
+            raise InputError(f"external data file {path}: {error.strerror}, expected a regular file; put it beside the model") from error
         if os.path.realpath(path) != str(path):
             raise InputError(f"external data file {path}: is or passes a symbolic link, expected a real file; copy it there")
         if not stat.S_ISREG(status.st_mode):
@@ -361,9 +359,7 @@ def _element_count(tensor: TensorProto) -> int:
 
 def _natural(tensor: TensorProto, key: str, text: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) <= _MAX_DIGITS):
-        raise InputError(
-            f"tensor {tensor.name!r}: external data {key} {text[:40]!r}, expected a whole number >= 0; export the model again"
-        )
+        raise InputError(f"tensor {tensor.name!r}: external data {key} {text[:40]!r}, expected a whole number >= 0; export the model again")
     return int(text)
 
 

@@ -10,8 +10,10 @@ import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
+from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.form import UNCHANGED, Form
 from intaglio.ops.moment import Moment
+from intaglio.ops.storage import STORAGES
 from intaglio.passes.calibrate import calibrate, observe
 from intaglio.passes.data import Dataset, input_specs, open_dataset
 from intaglio.passes.fit import pack
@@ -19,7 +21,7 @@ from intaglio.passes.graph import all_names
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
 from intaglio.passes.options import Runtime
-from intaglio.passes.rewrite import fragment, rewrite
+from intaglio.passes.rewrite import declines, fragment, rewrite
 from intaglio.passes.sites import Site, Sites, find_sites
 
 Array = np.ndarray
@@ -203,3 +205,62 @@ def site_of(proto: onnx.ModelProto, name: str = "w") -> tuple[Model, Site]:
     """The loaded model and the site of that name."""
     model = load(proto)
     return model, next(site for site in find_sites(model) if site.name == name)
+
+
+def forms_of(site: Site) -> list[Form]:
+    """Forms that the rewriter can give a site: every storage of the whole weight, and of every decomposition at its largest rank.
+
+    Full ranks come in float storage, where the form is exact.
+    """
+    found = [Form("dense", (), storage) for storage in STORAGES]
+    for (name, execution), decomposition in DECOMPOSITIONS.items():
+        if decomposition.declines(site.use) is not None:
+            continue
+        found.append(Form(name, decomposition.full(site.use), "float", execution))
+        found += [Form(name, ranks, storage, execution) for ranks in decomposition.grid(site.use)[-1:] for storage in STORAGES]
+    return [form for form in dict.fromkeys(found) if declines(site, form) is None]
+
+
+def is_exact(site: Site, form: Form) -> bool:
+    """Whether a form loses nothing but float rounding."""
+    full = form.decomposition == "dense" or DECOMPOSITIONS[form.decomposition, form.execution].full(site.use) == form.ranks
+    return full and form.storage == "float"
+
+
+def assert_close(actual: list[Array], expected: list[Array], relative: float, what: object = "") -> None:
+    """Every output within `relative` of the largest magnitude of the expected one."""
+    for a, b in zip(actual, expected, strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        scale = float(np.abs(np.asarray(b, np.float64)).max(initial=1e-30))
+        error = float(np.abs(np.asarray(a, np.float64) - np.asarray(b, np.float64)).max(initial=0.0))
+        assert error <= relative * scale, f"{what}: off by {error / scale:.3g} of the largest entry"
+
+
+def classifier(samples: int = 120) -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """A small convolutional network that classifies noisy templates, its head fitted by least squares, and labelled data.
+
+    Weights of the layers before have falling spectra, as trained ones do. Inputs x (N, 4, 8, 8), output logits (N, 6).
+    """
+    rng = np.random.default_rng(11)
+
+    def layer(*shape: int) -> Array:
+        u, s, v = np.linalg.svd(normal(int(np.prod(shape)), shape[0], int(np.prod(shape[1:]))), full_matrices=False)
+        spectrum = np.geomspace(1, 0.05, len(s)) * 1.5
+        return np.asarray(((u * spectrum) @ v).reshape(shape), np.float32)
+
+    labels = rng.integers(0, 6, samples)
+    templates = rng.standard_normal((6, 4, 8, 8))
+    x = (templates[labels] + 0.7 * rng.standard_normal((samples, 4, 8, 8))).astype(np.float32)
+    body = """a = Conv <pads = [1, 1, 1, 1]> (x, c1) ra = Relu (a)
+        b = Conv <pads = [1, 1, 1, 1], strides = [2, 2]> (ra, c2) rb = Relu (b)
+        c = Conv (rb, c3) rc = Relu (c)
+        f = Flatten (rc) h = Gemm <transB = 1> (f, g, gb) features = Relu (h)"""
+    weights = {"c1": layer(16, 4, 3, 3), "c2": layer(24, 16, 3, 3), "c3": layer(32, 24, 1, 1), "g": layer(48, 512), "gb": normal(9, 48)}
+    text = f"net (float[N, 4, 8, 8] x) => (float[N, 48] features) {{ {body} }}"
+    (features,) = run(parse(text, weights), {"x": x})
+    targets = 6.0 * np.eye(6)[labels]
+    gram = features.T @ features + 0.1 * np.eye(48)
+    weights["head"] = np.linalg.solve(gram, features.T @ targets).astype(np.float32)
+    text = f"net (float[N, 4, 8, 8] x) => (float[N, 6] logits) {{ {body} logits = MatMul (features, head) }}"
+    return parse(text, weights), {"x": x, "labels": labels}

@@ -12,4 +12,15 @@ DECOMPOSITIONS: dict[tuple[str, str], Decomposition] = {
 }
 """(name, execution) → decomposition. To add one: write its file, list it here."""
 
-__all__ = ["DECOMPOSITIONS", "Decomposition", "rebuild", "refit_last"]
+__all__ = [
+    "CHANNEL_SVD",
+    "CHANNEL_SVD_DENSE",
+    "DECOMPOSITIONS",
+    "LOW_RANK",
+    "LOW_RANK_DENSE",
+    "SEPARABLE",
+    "TUCKER2",
+    "Decomposition",
+    "rebuild",
+    "refit_last",
+]

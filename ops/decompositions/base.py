@@ -1,7 +1,8 @@
 """What a decomposition has to offer.
 
-Every decomposition here writes W ≈ L·P: a last factor L (groups, m, q) and a prefix P (groups, q, n) that is composed of the factors
-before it. Given the prefix, the best last factor in any input metric is a linear least-squares problem; `refit_last` solves it.
+Every decomposition here writes W ≈ L·P: a last factor L (groups, m, q) and a prefix P (groups, q, n) that is composed of the
+factors before it. Given the prefix, the best last factor in any input metric is a linear least-squares problem; `refit_last`
+solves it.
 """
 
 from __future__ import annotations
@@ -77,7 +78,14 @@ class Decomposition(Protocol):
         ...
 
     def emit(self, emitter: Emitter, use: Use, factors: Sequence[str], output: str) -> None:
-        """ "contract": replace the node by the sequence of contractions. "dense": yield the product, shaped like the weight, as `output`."""
+        """Add the nodes that run the factors.
+
+        Args:
+            emitter: collects the nodes.
+            use: the node that reads the weight.
+            factors: names of the factors' values, in stored layout.
+            output: "dense": the name of the product, shaped like the weight; "contract": not used, as the node is replaced.
+        """
         ...
 
 
@@ -104,9 +112,9 @@ def least_squares(weight: Float64, moment: Moment, prefix: Float64) -> Float64:
 
 
 def rank_grid(limit: float, full: int, count: int = 10) -> list[int]:
-    """About `count` ranks up to `limit`, spread geometrically over multiples that hardware likes: of 8, of 16 from 128 on, of 32 from 512 on.
+    """About `count` ranks up to `limit`, spread geometrically over multiples that hardware likes.
 
-    Weights too small for a multiple of 8 get powers of two.
+    They are multiples of 8, of 16 where the full rank is 128 or more, of 32 from 512 on; powers of two where no multiple fits.
     """
     step = 8 if full < 128 else 16 if full < 512 else 32
     top = int(min(limit, full - 1))

@@ -32,7 +32,7 @@ def solve_lower(root: Float64, right: Float64, *, transposed: bool = False) -> F
 
 
 def balance(first: Float64, last: Float64) -> Float64:
-    """What each component of the first factor is multiplied by, and of the last divided by, for equal norms; 1 where one is zero.
+    """What to multiply each component of the first factor with, and divide the last's by, for equal norms; 1 where one is 0.
 
     Args:
         first: norms of the first factor's components.

@@ -1,8 +1,9 @@
 """Low rank: W ≈ U·V, optimal in the input metric (METHODS.md, section 0; SVD-LLM, BALF).
 
-The best rank-r approximation in the metric A is the projection of W on the leading eigenvectors of W A Wᵀ: with U_r those eigenvectors,
-Ŵ = U_r U_rᵀ W, and the discarded eigenvalues are exactly the squared error. So one m×m eigenproblem prices every rank, without a
-root or an inverse of A. Where n < m the same is done on the other side, in the coordinates of a Cholesky factor of A.
+The best rank-r approximation in the metric A is the projection of W on the leading eigenvectors of W A Wᵀ: with U_r those
+eigenvectors, Ŵ = U_r U_rᵀ W, and the discarded eigenvalues are exactly the squared error. So one m×m eigenproblem prices
+every rank, without a root or an inverse of A. Where n < m the same is done on the other side, in the coordinates of a
+Cholesky factor of A.
 
 For a Conv with a kernel larger than one position this is the channel decomposition: the kernel with r outputs, then 1×1.
 """

@@ -1,7 +1,8 @@
-"""Separable (spatial) decomposition of a two-dimensional kernel: k×1 to r channels, then 1×k (Jaderberg et al., 2014; AIMET's spatial SVD).
+"""Separable (spatial) decomposition of a two-dimensional kernel: k×1 to r channels, then 1×k.
 
-W[o, c, i, j] ≈ Σ_r U[o, r, j]·V[r, c, i]. Without a metric this is the SVD of the (o·j) × (c·i) unfolding; with one, the same in the
-metric's mean over j is the start of alternating least squares. The vertical factor carries the vertical stride, dilation and padding, the horizontal one the rest.
+W[o, c, i, j] ≈ Σ_r U[o, r, j]·V[r, c, i] (Jaderberg et al., 2014; AIMET's spatial SVD). Without a metric this is the SVD of
+the (o·j) × (c·i) unfolding; with one, the same in the metric's mean over j is the start of alternating least squares. The
+vertical factor carries the vertical stride, dilation and padding, the horizontal one the rest.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tucker-2 of a convolution kernel: 1×1 to r₁ channels, the kernel from r₁ to r₂, 1×1 to all outputs (Kim et al., 2016).
 
-W[o, c, k] ≈ Σ U[o, r₂]·G[r₂, r₁, k]·V[r₁, c]. Given V, the best U·G in a metric is a reduced-rank regression in closed form: the
-leading eigenvectors of the output second moment that the prefix V explains. V starts from the input-side unfolding, weighted by the
-channel energies (HOSVD), and is improved by alternating least squares.
+W[o, c, k] ≈ Σ U[o, r₂]·G[r₂, r₁, k]·V[r₁, c]. Given V, the best U·G in a metric is a reduced-rank regression in closed
+form: the leading eigenvectors of the output second moment that the prefix V explains. V starts from the input-side
+unfolding in the metric's mean over positions (HOSVD) and is improved by alternating least squares.
 """
 
 from __future__ import annotations
@@ -57,8 +57,10 @@ class Tucker2:
         return min(c, m * int(np.prod(kernel))), min(m, c * int(np.prod(kernel)))
 
     def errors(self, weight: Float64, moment: Moment, use: Use, ranks: Sequence[Ranks]) -> list[float]:
-        """From the start, before the alternating sweeps: an upper bound. One regression prices every input rank, and one eigenproblem
-        every output rank of an input rank."""
+        """From the start, before the alternating sweeps: an upper bound.
+
+        One regression prices every input rank, and one eigenproblem every output rank of an input rank.
+        """
         total = moment.energy(weight)
         if not ranks or total <= 0:
             return [0.0] * len(ranks)

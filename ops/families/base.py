@@ -140,7 +140,7 @@ def as_float32(emitter: Emitter, value: str, request: GramRequest) -> str:
 
 
 def product(emitter: Emitter, left: str, right: str, *, trans_left: bool = False, trans_right: bool = False) -> str:
-    """left·right of two matrices, either read transposed; without `Gemm` where it still needs a third input (before opset 11)."""
+    """left·right of two matrices, either read transposed; without `Gemm` where that still needs a third input."""
     if emitter.target.opset >= GEMM_WITHOUT_C and (trans_left or trans_right):
         return emitter.node("Gemm", [left, right], attributes={"transA": int(trans_left), "transB": int(trans_right)})
     sides = [

@@ -55,7 +55,10 @@ class Conv:
         )
 
     def gram(self, emitter: Emitter, use: Use, value: str, request: GramRequest) -> Gram:
-        """Patches come from a depthwise Conv with one-hot kernels and the node's own geometry, so padding and strides agree by construction."""
+        """Patches come from a depthwise Conv with one-hot kernels and the node's own geometry.
+
+        So padding, strides and dilations agree by construction.
+        """
         value = as_float32(emitter, value, request)
         kernel, channels = self.kernel(use), use.view.groups * use.view.shape[1]
         size = int(np.prod(kernel))
@@ -73,7 +76,7 @@ class Conv:
 
     @staticmethod
     def _sample(emitter: Emitter, patches: str, count: int, seed: int) -> str:
-        """`count` of the positions along axis 3: one at random from each of as many equal stretches, whatever the image's size."""
+        """`count` of the positions along axis 3: a random one from each of as many equal stretches, whatever the size."""
         share = (np.arange(count) + np.random.default_rng(seed).random(count)) / count
         size = emitter.node("Gather", [emitter.node("Shape", [patches]), emitter.ints("axis", [3])], attributes={"axis": 0})
         scaled = emitter.node("Mul", [emitter.node("Cast", [size], attributes={"to": 11}), emitter.constant("share", share)])

@@ -1,4 +1,7 @@
-"""LSTM, GRU and RNN: the input weight W (directions, gates·hidden, input) and the recurrent weight R (directions, gates·hidden, hidden)."""
+"""LSTM, GRU and RNN.
+
+The input weight W is (directions, gates·hidden, input), the recurrent weight R (directions, gates·hidden, hidden).
+"""
 
 from __future__ import annotations
 

@@ -37,5 +37,16 @@ class Storage(Protocol):
         ...
 
     def emit(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, output: str | None = None) -> str:
-        """Add the packed initializers and the program that yields an array of shape and dtype `spec`; returns the name of that value."""
+        """Add the packed initializers and the program that yields an array of shape and dtype `spec`.
+
+        Args:
+            emitter: collects them.
+            suffix: of the initializers' names.
+            packed: from `encode`, or the specs of `layout`.
+            spec: shape and dtype of the result.
+            output: the result's name; None makes one up.
+
+        Returns:
+            The result's name.
+        """
         ...

@@ -1,8 +1,9 @@
 """Symmetric integers with one scale per channel: int8 as they are, int4 two to a byte.
 
-The decode programs use only `Cast`, `Mul`, `Sub`, `Floor` and `Concat`, which every opset since 7 has and which ONNX Runtime folds when
-the session is created (`DequantizeLinear` on constants would be kept). Four-bit values are packed in planes: one byte holds entry i of
-the first half and entry i of the second half of an axis, so unpacking is a concatenation and needs no reshape.
+The decode programs use only `Cast`, `Mul`, `Sub`, `Floor` and `Concat`, which every opset since 7 has and which ONNX Runtime
+folds when the session is created (`DequantizeLinear` on constants would be kept). Four-bit values are packed in planes: one
+byte holds entry i of the first half and entry i of the second half of an axis, so unpacking is a concatenation and needs no
+reshape.
 """
 
 from __future__ import annotations
@@ -77,8 +78,8 @@ def search_scales(
         importance: weights of squared errors, broadcastable to `array`; None for ones.
 
     Returns:
-        float32, the shape of `array` with every other axis 1; 1 where a channel is all zero, and never so large that `largest` times
-        the scale overflows.
+        float32, the shape of `array` with every other axis 1; 1 where a channel is all zero, and never so large that
+        `largest` times the scale overflows.
     """
     channels = np.moveaxis(array, axis, 0)
     weights = None if importance is None else np.moveaxis(np.broadcast_to(importance, array.shape), axis, 0)
@@ -95,7 +96,7 @@ def search_scales(
 def _best_ratios(
     rows: NDArray[np.floating[Any]], peak: NDArray[np.floating[Any]], largest: int, weights: NDArray[np.float64] | None
 ) -> NDArray[np.float64]:
-    """The best of `_GRID` for each row of (k, n), on values and weights brought to at most 1, where float32 neither over- nor underflows."""
+    """The best of `_GRID` for each row of (k, n), found in float32 on values and weights that are scaled to at most 1."""
     unit = (rows / np.where(peak > 0, peak, 1)[:, None]).astype(np.float32)
     share = None if weights is None else (weights / max(weights.max(), np.finfo(np.float64).tiny)).astype(np.float32)
     errors, rounded = np.empty((len(_GRID), len(rows)), np.float32), np.empty_like(unit)
@@ -119,7 +120,7 @@ def quantize(
     """Integers −largest…largest, nearest under searched scales, and those scales. Arguments as in `search_scales`."""
     scales = search_scales(array, axis, largest, importance)
     integers = np.empty(array.shape, np.int8)
-    source, target, divisor = (np.moveaxis(a, axis, 0) for a in (array, integers, scales))
+    source, target, divisor = np.moveaxis(array, axis, 0), np.moveaxis(integers, axis, 0), np.moveaxis(scales, axis, 0)
     for part in _chunks(array.shape, axis):
         target[part] = np.clip(np.rint(_working(source[part]) / divisor[part]), -largest, largest)
     return integers, scales

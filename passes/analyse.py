@@ -1,0 +1,130 @@
+"""Analyse a job: price every form of every site. Everything that is expensive and does not depend on a budget happens here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from intaglio.ops.moment import Moment
+from intaglio.solver import Cost
+
+from .cache import Cache
+from .calibrate import calibrate, moment_parts
+from .divergence import Kind
+from .fit import pack
+from .job import Job
+from .latency import MicroBench
+from .options import Progress, silent
+from .parallel import in_parallel
+from .plan import Candidate, Menu
+from .price import LatencyPricer, SizePricer
+from .propose import Proposal, propose
+from .sensitivity import Curve, Probe, Sensitivity
+from .session import open_session
+from .sites import Site
+from .targets import TARGETS
+
+PROBE_SAMPLES = 48
+"""Fit samples on which trial forms are measured."""
+
+TRIAL_ERRORS = (0.02, 0.15)
+"""Relative truncation errors near which each site's curve is measured."""
+
+_TIMING_S = 0.04
+"""Seconds spent on timing one form against the original operator."""
+
+
+def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silent) -> Menu:
+    """Price every form of every site.
+
+    Args:
+        job: from `open_job`.
+        cache: of latencies.
+        latency: whether forms are timed; without, only those that no other form beats in size and divergence are.
+        progress: shows how far the analysis is.
+    """
+    settings = job.settings
+    sizes = SizePricer(job.model, external=job.external)
+    target = TARGETS[settings.target]
+    allowed = target.allowed(settings.decompositions, settings.storages)
+    rng = np.random.default_rng(settings.seed)
+    count = min(PROBE_SAMPLES, len(job.splits.fit))
+    probe = Probe(job.model, job.kinds, job.data, np.sort(rng.choice(job.splits.fit, count, replace=False)), job.calibration)
+    proposals: dict[str, tuple[Proposal, ...]] = {}
+    curves: dict[str, Sensitivity] = {}
+
+    def look(measured: tuple[Site, Moment]) -> tuple[Site, Moment, tuple[Proposal, ...]]:
+        site, moment = measured
+        with job.clock.phase("propose"):
+            return site, moment, propose(site, site.value(job.model), moment, allowed)[0]
+
+    for site, moment, found in progress(in_parallel(look, measured_sites(job)), "Analysing", len(job.sites)):
+        proposals[site.name] = found
+        with job.clock.phase("price"):
+            curves[site.name] = _sensitivity(site, site.value(job.model), moment, found, probe)
+    with job.clock.phase("price"):
+        feed = job.data.first(1)
+        session = open_session(
+            job.model.proto, weights=job.model.weights, threads=settings.runtime.threads, providers=settings.runtime.providers
+        )
+        bench = MicroBench(cache, settings.runtime.providers, settings.runtime.threads, budget_s=_TIMING_S)
+        timer = LatencyPricer(job.model, job.shapes, bench)
+        base_s = timer.calibrate(job.sites.sites, session.bind(feed))
+        candidates = {
+            site.name: _priced(site, proposals[site.name], curves[site.name], sizes, timer, latency)
+            for site in progress(job.sites.sites, "Timing", len(job.sites))
+        }
+    unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
+    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), sizes.shared, unit)
+
+
+def measured_sites(job: Job) -> Iterator[tuple[Site, Moment]]:
+    """Every site with the second moment of its input."""
+    for sites in moment_parts(job.sites.sites):
+        with job.clock.phase("calibrate"):
+            moments = calibrate(job.model, sites, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
+        for site in sites:
+            yield site, moments[site.name]
+
+
+def _sensitivity(site: Site, value: np.ndarray, moment: Moment, proposals: Sequence[Proposal], probe: Probe) -> Sensitivity:
+    """Measure a site's curves on a few trial forms."""
+    rounding: list[tuple[float, float]] = []
+    dense = [p for p in proposals if p.form.decomposition == "dense" and p.rounding > 1e-6]
+    for proposal in sorted(dense, key=lambda p: -p.rounding)[:1]:
+        _, weight = pack(site, proposal.form, value, moment)
+        rounding.append((proposal.rounding, probe.replaced(site, site.stored(weight))))
+    truncation: list[tuple[float, float]] = []
+    lowrank = [p for p in proposals if p.form.storage == "float" and p.form.execution == "dense" and p.form.ranks and p.truncation > 0]
+    trials = {min(lowrank, key=lambda p: abs(np.log(p.truncation / error))).form: None for error in TRIAL_ERRORS if lowrank}
+    for form in trials:
+        error = next(p.truncation for p in lowrank if p.form == form)
+        _, weight = pack(site, form, value, moment)
+        truncation.append((error, probe.replaced(site, site.stored(weight))))
+    return Sensitivity(Curve.through(rounding or truncation), Curve.through(truncation or rounding))
+
+
+def _priced(
+    site: Site, proposals: Sequence[Proposal], curves: Sensitivity, sizes: SizePricer, timer: LatencyPricer, latency: bool
+) -> tuple[Candidate, ...]:
+    """Sizes and divergences of all forms, latencies of those that may matter."""
+    rows = []
+    for proposal in proposals:
+        size = sizes.price(site, proposal.form)
+        divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
+        rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, proposal.truncation + proposal.rounding, size.shared))
+    kept = []
+    for row in rows:
+        contract = row.form.execution == "contract"
+        beaten = any(
+            other.size_bytes <= row.size_bytes and other.divergence <= row.divergence and other != row and other.form.execution == "dense"
+            for other in rows
+        )
+        if contract and not timer.measurable(site):
+            continue
+        if contract and beaten and not latency:
+            continue
+        kept.append(replace(row, latency_s=timer.change(site, row.form)) if contract else row)
+    return tuple(kept)

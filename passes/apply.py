@@ -1,0 +1,45 @@
+"""Rewrite a model by a plan: fit the plan's forms, verify, report. Nothing is chosen.
+
+A plan as the solver made it must keep its own budget. One whose forms were edited by hand is the user's choice: its outcome
+says whether the budget still holds.
+"""
+
+from __future__ import annotations
+
+from .build import build
+from .job import Job
+from .options import Progress, silent
+from .pipeline import Outcome, verified
+from .plan import Plan
+from .price import SizePricer
+from .replan import check_model
+from .verify import compare
+
+
+def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
+    """Fit and rewrite.
+
+    Args:
+        job: the model that the plan was made for, with data.
+        plan: from `read_plan`, perhaps edited.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: the plan is another model's, or a form does not fit its site.
+        VerificationError: the plan, as it was solved, does not keep its budget on held-out data.
+    """
+    check_model(job.original, plan)
+    model = build(job, plan.forms, progress=progress)
+    with job.clock.phase("verify"):
+        measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
+    predicted = SizePricer(job.model, external=job.external).total(plan.forms)
+    return verified(
+        job,
+        plan,
+        plan.budget,
+        model,
+        measured,
+        predicted,
+        timed=job.times(plan.budget),
+        enforce=plan.solution is not None,
+    )

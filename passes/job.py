@@ -1,0 +1,143 @@
+"""A job: a model and its data, opened, checked and searched for sites, with the settings that every pass obeys."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import onnx
+
+from intaglio.solver import Budget
+
+from .calibrate import Shapes, observe
+from .canonicalize import Report as CanonicalReport
+from .canonicalize import canonicalize
+from .data import Dataset, Source, Splits, input_specs, open_dataset, split
+from .divergence import Kind, output_kinds
+from .errors import InputError
+from .load import load
+from .model import Model
+from .options import Runtime
+from .sites import Sites, Skip, find_sites
+from .targets import TARGETS
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything but the budget.
+
+    Attributes:
+        target: name of a target.
+        runtime: how latency is measured and promised.
+        labels: array of the data that holds labels.
+        metric: name of the metric that labels are scored by.
+        kind: what the first output holds ("auto" reads it off the graph).
+        include: regular expressions; only sites that match one are touched.
+        exclude: regular expressions; sites that match one are left alone.
+        decompositions: names of the forms that may be used; empty for all.
+        storages: names of the storages that may be used; empty for all.
+        samples: most samples used; None for all.
+        seed: of every random choice.
+        cache: folder of the cache; None for none.
+    """
+
+    target: str = "cpu"
+    runtime: Runtime = field(default_factory=Runtime)
+    labels: str | None = None
+    metric: str = "accuracy"
+    kind: str = "auto"
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    decompositions: tuple[str, ...] = ()
+    storages: tuple[str, ...] = ()
+    samples: int | None = None
+    seed: int = 0
+    cache: Path | None = None
+
+
+@dataclass
+class Clock:
+    """Wall seconds spent per phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of a block to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """A model with data, opened, checked and searched for sites.
+
+    Attributes:
+        original: the model as given.
+        model: the canonical model that plans start from.
+        canonicalization: how it became canonical.
+        sites: its weights.
+        excluded: sites that the user's expressions leave out.
+        data: the samples.
+        splits: which samples fit, choose and verify.
+        kinds: what the outputs hold.
+        shapes: around each site at the latency batch.
+        settings: the settings.
+        calibration: how models are run while statistics are gathered.
+    """
+
+    original: Model
+    model: Model
+    canonicalization: CanonicalReport
+    sites: Sites
+    excluded: tuple[Skip, ...]
+    data: Dataset
+    splits: Splits
+    kinds: tuple[Kind, ...]
+    shapes: Mapping[str, Shapes]
+    settings: Settings
+    calibration: Runtime
+    clock: Clock
+
+    @property
+    def external(self) -> bool:
+        """Whether the result keeps its weights beside the model file, as the original does."""
+        return bool(self.original.weights.files)
+
+    def times(self, budget: Budget) -> bool:
+        """Whether the result's latency is measured: always for a latency budget, else where two models fit into memory."""
+        return budget.latency_s is not None or self.original.size_bytes <= self.calibration.memory_limit_bytes
+
+
+def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Settings, *, clock: Clock | None = None) -> Job:
+    """Load a model and its data and find the sites.
+
+    Raises:
+        InputError: the model, the data or a setting is bad.
+    """
+    clock = clock or Clock()
+    if settings.target not in TARGETS:
+        raise InputError(f"--target {settings.target}: unknown; expected one of {', '.join(TARGETS)}")
+    with clock.phase("load"):
+        original = load(source)
+        dataset = open_dataset(data, input_specs(original.proto), labels=settings.labels, seed=settings.seed)
+        splits = split(len(dataset), seed=settings.seed, samples=settings.samples)
+    with clock.phase("canonicalize"):
+        model, canonicalization = canonicalize(original)
+        if original.weights.files:
+            original.weights.enable_spooling(Path(tempfile.gettempdir()))
+    kinds = output_kinds(original.proto, settings.kind)
+    found = find_sites(model)
+    sites, excluded = TARGETS[settings.target].select(found, settings.include, settings.exclude)
+    calibration = replace(settings.runtime, threads=max(settings.runtime.threads, os.cpu_count() or 1))
+    with clock.phase("calibrate"):
+        shapes = observe(model, sites.sites, dataset.first(1), calibration)
+    return Job(original, model, canonicalization, sites, excluded, dataset, splits, kinds, shapes, settings, calibration, clock)

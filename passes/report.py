@@ -1,0 +1,412 @@
+"""What a run did, as data: the schema of `report.json`.
+
+Everything is taken from the outcome; nothing is measured again except the latency of single sites, which comes from the cache
+where the plan was priced with it. A number that was not measured is null. Paths are those that the user gave.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import onnx
+
+from intaglio import __version__
+from intaglio.ops.form import UNCHANGED, Form
+
+from .cache import Cache
+from .calibrate import sampled_positions
+from .canonicalize import Report as CanonicalReport
+from .job import Job
+from .latency import MicroBench, PairedLatency
+from .load import load
+from .model import Model
+from .pipeline import Outcome
+from .plan import Candidate, Plan
+from .price import LatencyPricer, SizePricer
+from .save import save
+from .sites import Site, Skip
+from .verify import Comparison
+
+
+@dataclass(frozen=True)
+class FileFacts:
+    """A file: its path as the user gave it (None for a model in memory) and its SHA-256 (None while nothing is written)."""
+
+    path: str | None
+    sha256: str | None
+
+    @staticmethod
+    def of(model: Model) -> FileFacts:
+        """Of a loaded model."""
+        return FileFacts(None if model.path is None else str(model.path), model.sha256)
+
+
+@dataclass(frozen=True)
+class SizeFacts:
+    """Bytes of the model file and its external data, and after / before."""
+
+    reference_bytes: int
+    bytes: int
+    ratio: float
+
+    @staticmethod
+    def of(reference_bytes: int, size_bytes: int) -> SizeFacts:
+        """With the ratio of the two."""
+        return SizeFacts(reference_bytes, size_bytes, size_bytes / reference_bytes)
+
+
+@dataclass(frozen=True)
+class LatencyFacts:
+    """End-to-end latency of one run, measured in alternation; the ratio's quartiles are those of single pairs."""
+
+    reference_s: float
+    candidate_s: float
+    ratio: float
+    ratio_low: float
+    ratio_high: float
+    pairs: int
+    providers: tuple[str, ...]
+    threads: int
+
+    @staticmethod
+    def of(latency: PairedLatency, providers: tuple[str, ...], threads: int) -> LatencyFacts:
+        """With the conditions under which it was measured."""
+        return LatencyFacts(
+            latency.reference_s,
+            latency.candidate_s,
+            latency.ratio,
+            latency.ratio_low,
+            latency.ratio_high,
+            latency.pairs,
+            providers,
+            threads,
+        )
+
+
+@dataclass(frozen=True)
+class DivergenceFacts:
+    """Divergence of the outputs: "kl_nats" or "relative_mse"; predicted is None where a form was written in by hand."""
+
+    unit: str
+    predicted: float | None
+    measured: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class MetricFacts:
+    """The task's metric, before and after."""
+
+    name: str
+    reference: float
+    candidate: float
+
+    @staticmethod
+    def of(comparison: Comparison) -> MetricFacts | None:
+        """None without labels."""
+        reference, candidate = comparison.reference_metric, comparison.candidate_metric
+        if comparison.metric is None or reference is None or candidate is None:
+            return None
+        return MetricFacts(comparison.metric, reference, candidate)
+
+
+@dataclass(frozen=True)
+class SolverFacts:
+    """The certificate of the choice; see `intaglio.solver.Solution`."""
+
+    status: str
+    objective: float
+    bound: float
+    gap: float
+    seconds: float
+    candidates: int
+
+
+@dataclass(frozen=True)
+class SiteFacts:
+    """What became of one weight.
+
+    Attributes:
+        name: of the site.
+        op_type: operator that reads it.
+        shape: of the weight.
+        form: decomposition.
+        parameters: of the decomposition: {"rank": r}, {"ranks": [...]}, or nothing.
+        storage: of the arrays.
+        execution: "dense" or "contract".
+        reference_bytes: payload before.
+        bytes: payload after.
+        predicted_divergence: if only this site changed; None for a form that was written in by hand.
+        reference_latency_s: of the operator before; None where it was not measured.
+        latency_s: of what replaces it.
+        reason: why this form.
+    """
+
+    name: str
+    op_type: str
+    shape: tuple[int, ...]
+    form: str
+    parameters: Mapping[str, int | list[int]]
+    storage: str
+    execution: str
+    reference_bytes: int
+    bytes: int
+    predicted_divergence: float | None
+    reference_latency_s: float | None
+    latency_s: float | None
+    reason: str
+
+    @property
+    def chosen(self) -> Form:
+        """The form."""
+        ranks = self.parameters.get("ranks", [self.parameters["rank"]] if "rank" in self.parameters else [])
+        return Form(self.form, tuple(cast(list[int], ranks)), self.storage, self.execution)
+
+
+@dataclass(frozen=True)
+class SkipFacts:
+    """A weight that no form may touch, with the reason."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class SampledFacts:
+    """A convolution whose statistics come from some of its output positions.
+
+    Attributes:
+        site: its name.
+        used: positions per sample that were used.
+        positions: positions per sample that there are.
+    """
+
+    site: str
+    used: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """Which samples served what.
+
+    Attributes:
+        seed: of the split.
+        fit: samples behind the statistics.
+        choose: samples behind corrections of the choice.
+        verify: samples behind the verdict.
+        synthetic: the data was random, so no accuracy is claimed.
+    """
+
+    seed: int
+    fit: int
+    choose: int
+    verify: int
+    synthetic: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """`report.json`.
+
+    Attributes:
+        intaglio: version of this program.
+        status: "met", or "missed" where a plan that was edited by hand breaks its own budget.
+        model: the original.
+        output: the written file.
+        size: of the written file.
+        latency: None where it was not measured.
+        divergence: on held-out data.
+        agreement: share of held-out samples with the same top class; None where outputs are not class scores.
+        metric: None without labels.
+        solver: None for a plan that was edited by hand.
+        data: which samples served what.
+        statistics: convolutions whose statistics are sampled.
+        canonicalization: what was simplified before.
+        sites: every weight that could change.
+        skipped: every weight that could not.
+        seconds: wall time per phase.
+    """
+
+    intaglio: str
+    status: str
+    model: FileFacts
+    output: FileFacts
+    size: SizeFacts
+    latency: LatencyFacts | None
+    divergence: DivergenceFacts
+    agreement: float | None
+    metric: MetricFacts | None
+    solver: SolverFacts | None
+    data: DataFacts
+    statistics: tuple[SampledFacts, ...]
+    canonicalization: CanonicalReport
+    sites: tuple[SiteFacts, ...]
+    skipped: tuple[SkipFacts, ...]
+    seconds: Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """A compressed model that has not been written yet."""
+
+    outcome: Outcome
+
+    @property
+    def meets_budget(self) -> bool:
+        """Whether every budget holds on held-out data."""
+        return self.outcome.meets
+
+    @property
+    def plan(self) -> Plan:
+        """What was chosen, and what from."""
+        return self.outcome.plan
+
+    @property
+    def model(self) -> onnx.ModelProto:
+        """The compressed model; weights that lie in external files are still references to them."""
+        return self.outcome.model.proto
+
+    @cached_property
+    def report(self) -> Report:
+        """What was done and measured."""
+        return report(self.outcome)
+
+    def save(self, path: str | Path) -> Report:
+        """Write the model, atomically, and return the report with the file in it.
+
+        Args:
+            path: the `.onnx` file; large weights go beside it where the original keeps them in external data.
+
+        Raises:
+            InputError: the file is the original, or cannot be written.
+        """
+        job, measured = self.outcome.job, self.report
+        save(self.outcome.model, path, source=job.original.path, external=job.external or None)
+        return replace(measured, output=FileFacts(str(path), load(path).sha256))
+
+
+def report(outcome: Outcome) -> Report:
+    """The report of an outcome whose model is not written yet."""
+    job, plan, comparison = outcome.job, outcome.plan, outcome.comparison
+    runtime = job.settings.runtime
+    solution = plan.solution
+    by_hand = any(plan.candidate(site) is None for site in plan.forms)
+    return Report(
+        intaglio=__version__,
+        status="met" if outcome.meets else "missed",
+        model=FileFacts.of(job.original),
+        output=FileFacts(None, None),
+        size=SizeFacts.of(job.original.size_bytes, outcome.size_bytes),
+        latency=None if outcome.latency is None else LatencyFacts.of(outcome.latency, runtime.providers, runtime.threads),
+        divergence=DivergenceFacts(comparison.unit, None if by_hand else plan.divergence, comparison.divergence, comparison.samples),
+        agreement=comparison.agreement,
+        metric=MetricFacts.of(comparison),
+        solver=None
+        if solution is None
+        else SolverFacts(solution.status, solution.objective, solution.bound, solution.gap, solution.seconds, solution.candidates),
+        data=DataFacts(job.settings.seed, len(job.splits.fit), len(job.splits.choose), len(job.splits.verify), job.data.synthetic),
+        statistics=sampled_sites(job),
+        canonicalization=job.canonicalization,
+        sites=_sites(outcome),
+        skipped=skip_facts((*job.sites.skipped, *job.excluded)),
+        seconds=dict(job.clock.seconds),
+    )
+
+
+def sampled_sites(job: Job) -> tuple[SampledFacts, ...]:
+    """The convolutions whose statistics come from some of their positions only."""
+    found = []
+    for site in job.sites:
+        if site.name in job.shapes:
+            sampled = sampled_positions(site, job.shapes[site.name], len(job.splits.fit))
+            if sampled is not None:
+                found.append(SampledFacts(site.name, *sampled))
+    return tuple(found)
+
+
+def skip_facts(skipped: tuple[Skip, ...]) -> tuple[SkipFacts, ...]:
+    """Names and reasons."""
+    return tuple(SkipFacts(skip.name, skip.reason) for skip in skipped)
+
+
+def latency_pricer(job: Job) -> LatencyPricer:
+    """Measures single sites as the job's settings say."""
+    settings = job.settings
+    bench = MicroBench(Cache(settings.cache), settings.runtime.providers, settings.runtime.threads, budget_s=0.04)
+    return LatencyPricer(job.model, job.shapes, bench)
+
+
+def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:
+    job, plan = outcome.job, outcome.plan
+    sizes = SizePricer(job.model, external=job.external)
+    timer = latency_pricer(job)
+    return tuple(_site(site, plan, sizes, timer) for site in job.sites)
+
+
+def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> SiteFacts:
+    form = plan.forms.get(site.name, UNCHANGED)
+    candidate = plan.candidate(site.name) if site.name in plan.forms else None
+    before, after = sizes.weight_bytes(site, UNCHANGED), sizes.weight_bytes(site, form)
+    reference_s = latency_s = None
+    if form.execution == "contract" and timer.measurable(site):  # other forms run the operator that was there before
+        reference_s, latency_s = timer.pair(site, form)
+    return SiteFacts(
+        name=site.name,
+        op_type=site.op_type,
+        shape=site.shape,
+        form=form.decomposition,
+        parameters=parameters(form),
+        storage=form.storage,
+        execution=form.execution,
+        reference_bytes=before,
+        bytes=after,
+        predicted_divergence=None if candidate is None else plan.correction.divergence * candidate.divergence,
+        reference_latency_s=reference_s,
+        latency_s=latency_s,
+        reason=_reason(form, candidate, len(plan.menu.candidates.get(site.name, ())), before, after),
+    )
+
+
+def parameters(form: Form) -> Mapping[str, int | list[int]]:
+    """What a form's ranks are called in a report."""
+    if not form.ranks:
+        return {}
+    return {"rank": form.ranks[0]} if len(form.ranks) == 1 else {"ranks": list(form.ranks)}
+
+
+def _reason(form: Form, candidate: Candidate | None, candidates: int, before: int, after: int) -> str:
+    if candidate is None:
+        return "not in the plan" if candidates == 0 and form == UNCHANGED else "written into the plan by hand"
+    if form == UNCHANGED:
+        return "no other form fits it" if candidates == 1 else f"none of {candidates - 1} other forms pays at this budget"
+    saved = f"saves {1 - after / before:.0%} of its bytes"
+    return saved if form.execution == "dense" else f"{saved}, changes its latency by {1e6 * candidate.latency_s:+.0f} µs"
+
+
+def to_json(document: object) -> str:
+    """A frozen dataclass as indented JSON; numbers that JSON cannot hold (infinities, NaN) become null.
+
+    Args:
+        document: a dataclass instance of this package's reports.
+    """
+    return json.dumps(_plain(document), indent=1, ensure_ascii=False, allow_nan=False)
+
+
+def _plain(value: object) -> object:
+    if dataclasses.is_dataclass(value):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,60 @@
+"""ONNX's backend tests for the operators whose weights are rewritten: full-rank rewriting reproduces their expected outputs."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import pytest
+
+from intaglio.passes.errors import InputError
+from intaglio.passes.load import load
+from intaglio.passes.sites import find_sites
+from tests.conformance.backend import OPERATORS, BackendTest, Tally, backend_tests, check_site, frozen, run
+
+FLOORS = {
+    "MatMul": (1, 1, 1),
+    "Gemm": (1, 1, 1),
+    "Conv": (1, 1, 1),
+    "ConvTranspose": (1, 1, 1),
+    "Gather": (1, 1, 1),
+    "LSTM": (1, 1, 1),
+    "GRU": (1, 1, 1),
+    "RNN": (1, 1, 1),
+}
+"""Operator → fewest models, sites and rewrites."""
+
+
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_full_rank_rewriting_reproduces_outputs(operator: str, tallies: defaultdict[str, Tally]) -> None:
+    tally = tallies[operator]
+    for test in backend_tests()[operator]:
+        _check(test, tally)
+    reached = (tally.models, tally.sites, tally.forms.total())
+    assert all(count >= floor for count, floor in zip(reached, FLOORS[operator], strict=True)), reached
+
+
+def _check(test: BackendTest, tally: Tally) -> None:
+    """Every site of the model as it is, and the site that each frozen input makes."""
+    try:
+        model = load(test.proto)
+        outputs = run(model, model.proto, test.feed, optimize=False)
+    except InputError as error:
+        tally.skip("model", str(error).partition(": ")[2].partition(";")[0])
+        return
+    try:
+        test.check(outputs)
+    except AssertionError:
+        tally.skip("model", "ONNX Runtime itself does not reproduce the expected outputs")
+        return
+    tally.models += 1
+    for site in find_sites(model, min_elements=1):
+        check_site(test, model, site, tally)
+    for name, variant in frozen(test):
+        model = load(variant.proto)
+        found = find_sites(model, min_elements=1)
+        for site in found:
+            if site.name == name:
+                check_site(variant, model, site, tally)
+        for skip in found.skipped:
+            if skip.name == name:
+                tally.skip("weight", skip.reason)

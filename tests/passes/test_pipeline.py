@@ -1,0 +1,223 @@
+"""The whole path on small models: budgets hold on what is written, and the same input gives the same bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from intaglio.ops.form import UNCHANGED, Form
+from intaglio.passes.analyse import analyse
+from intaglio.passes.budget import Request
+from intaglio.passes.build import build
+from intaglio.passes.cache import Cache
+from intaglio.passes.errors import InfeasibleError, InputError
+from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build
+from intaglio.passes.plan import Menu, read_plan, to_json
+from intaglio.passes.save import save
+from tests.models import CASES, Array, classifier, normal, parse, run
+from tests.passes.test_sites import nested
+
+
+@cache
+def analysed() -> tuple[Job, Menu]:
+    proto, arrays = classifier(90)
+    job = open_job(proto, arrays, Settings(labels="labels"))
+    return job, analyse(job, Cache(None), latency=False)
+
+
+def written(outcome: Outcome, folder: Path) -> Path:
+    path = folder / "small.onnx"
+    assert save(outcome.model, path, source=None) == outcome.size_bytes == outcome.predicted_bytes
+    return path
+
+
+@pytest.mark.parametrize("size", [0.5, 0.26, 0.15])
+def test_a_size_budget_holds_on_the_written_file(size: float, tmp_path: Path) -> None:
+    job, menu = analysed()
+    outcome = solve_and_build(job, menu, Request(size=size))
+    limit = size * job.original.size_bytes
+    path = written(outcome, tmp_path)
+    assert path.stat().st_size <= limit
+    assert outcome.size_bytes >= 0.9 * limit  # what is allowed is used
+    assert outcome.meets
+    onnx.checker.check_model(path, full_check=True)
+    assert outcome.comparison.samples == len(job.splits.verify)
+    assert outcome.comparison.unit == "kl_nats"
+    if size > 0.25:  # int8 everywhere fits
+        assert outcome.comparison.divergence < 0.01
+        assert outcome.comparison.candidate_metric == pytest.approx(outcome.comparison.reference_metric, abs=1)
+
+
+def test_a_larger_budget_is_never_worse() -> None:
+    job, menu = analysed()
+    predicted = [solve_and_build(job, menu, Request(size=size)).plan.divergence for size in (0.6, 0.3, 0.12)]
+    assert predicted == sorted(predicted)
+
+
+def test_an_error_budget_holds_on_samples_that_took_no_part() -> None:
+    job, menu = analysed()
+    outcome = solve_and_build(job, menu, Request(error=0.05))
+    assert outcome.comparison.divergence <= 0.05
+    assert outcome.choose_divergence <= 0.05
+    assert outcome.size_bytes < 0.3 * job.original.size_bytes
+    assert outcome.plan.budget.minimize == "size"
+
+
+def test_size_and_error_together() -> None:
+    job, menu = analysed()
+    outcome = solve_and_build(job, menu, Request(size=0.3, error=0.1))
+    assert outcome.size_bytes <= 0.3 * job.original.size_bytes
+    assert outcome.comparison.divergence <= 0.1
+
+
+def test_an_impossible_budget_names_a_possible_one() -> None:
+    job, menu = analysed()
+    with pytest.raises(InfeasibleError, match=r"nearest feasible: --size \d+B"):
+        solve_and_build(job, menu, Request(size=0.001))
+    with pytest.raises(InfeasibleError, match="nearest feasible: --size .* or --error"):
+        solve_and_build(job, menu, Request(size=0.1, error=1e-6))
+
+
+def test_nothing_changes_when_nothing_must(tmp_path: Path) -> None:
+    job, menu = analysed()
+    outcome = solve_and_build(job, menu, Request(size="1MB"))
+    assert set(outcome.plan.forms.values()) == {UNCHANGED}
+    assert outcome.comparison.divergence < 1e-9  # canonicalization may reorder float sums
+    onnx.checker.check_model(written(outcome, tmp_path))
+
+
+def test_a_saved_plan_is_solved_again_without_another_look_at_the_model(tmp_path: Path) -> None:
+    job, menu = analysed()
+    first = solve_and_build(job, menu, Request(size=0.3))
+    path = tmp_path / "plan.json"
+    path.write_text(to_json(first.plan), encoding="utf-8")
+    again = solve_and_build(job, read_plan(path).menu, Request(size=0.3))
+    assert again.plan.forms == first.plan.forms
+
+
+def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
+    proto, arrays = classifier(60)
+    contents = []
+    for number in range(2):
+        outcome = compress_job(open_job(proto, arrays, Settings(labels="labels", seed=3)), Request(size=0.2))
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        contents.append(written(outcome, folder).read_bytes())
+    assert contents[0] == contents[1]
+
+
+def low_rank_layers() -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """Two wide layers of rank 8 over 64 rows: contracting them saves most of the work and loses nothing."""
+    weights = {name: normal(i, 512, 8) @ normal(i + 10, 8, 512) * 8 for i, name in enumerate("ab")}
+    text = "g (float[N, 64, 512] x) => (float[N, 64, 512] y) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }"
+    return parse(text, weights), {"x": normal(5, 16, 64, 512)}
+
+
+def test_latency_is_minimized_within_an_error_budget() -> None:
+    proto, arrays = low_rank_layers()
+    outcome = compress_job(open_job(proto, arrays, Settings()), Request(error=0.01, minimize="latency"))
+    assert {form.execution for form in outcome.plan.forms.values()} == {"contract"}
+    assert outcome.latency is not None
+    assert outcome.latency.ratio < 0.9
+    assert outcome.plan.latency_s < outcome.plan.menu.base.latency_s
+    assert outcome.comparison.divergence <= 0.01
+
+
+def test_a_latency_budget_that_holds_already_changes_nothing() -> None:
+    """A ratio that only just holds would measure the machine, so the budget here is generous."""
+    proto, arrays = low_rank_layers()
+    outcome = compress_job(open_job(proto, arrays, Settings(decompositions=("lowrank",))), Request(latency="10s"))
+    assert set(outcome.plan.forms.values()) == {UNCHANGED}
+    assert outcome.latency is not None
+    assert outcome.meets
+
+
+def test_a_latency_budget_beyond_reach_is_infeasible() -> None:
+    proto, arrays = low_rank_layers()
+    with pytest.raises(InfeasibleError, match=r"nearest feasible: --latency [\d.]+ms"):
+        compress_job(open_job(proto, arrays, Settings()), Request(latency=1e-4))
+
+
+def sequences() -> Iterator[dict[str, Array]]:
+    for i, length in enumerate((3, 7, 5, 4, 9, 3, 6, 8)):
+        yield {"x": normal(i, 1, length, 16)}
+
+
+def test_sequences_of_different_length_from_a_generator() -> None:
+    weights = {"a": normal(1, 16, 64), "b": normal(2, 64, 16)}
+    text = "g (float[N, S, 16] x) => (float[N, S, 16] y) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) }"
+    outcome = compress_job(open_job(parse(text, weights), sequences(), Settings()), Request(size=0.4))
+    assert outcome.comparison.unit == "relative_mse"
+    assert outcome.comparison.divergence < 0.01
+    assert [d.dim_param for d in outcome.model.proto.graph.input[0].type.tensor_type.shape.dim][:2] == ["N", "S"]
+
+
+def test_several_inputs_and_outputs() -> None:
+    text = """g (float[N, 16] x, float[N, 24] z) => (float[N, 32] logits, float[N, 32] y) {
+        logits = Gemm (x, a) h = MatMul (z, b) y = Add (h, logits)
+    }"""
+    proto = parse(text, {"a": normal(1, 16, 32), "b": normal(2, 24, 32)})
+    data = {"x": normal(3, 30, 16), "z": normal(4, 30, 24)}
+    outcome = compress_job(open_job(proto, data, Settings()), Request(size=0.5))
+    assert [value.name for value in outcome.model.proto.graph.output] == ["logits", "y"]
+    assert outcome.comparison.agreement is not None
+    assert outcome.comparison.unit == "relative_mse"
+    (logits, y) = run(outcome.model.proto, {name: array[:3] for name, array in data.items()})
+    assert logits.shape == y.shape == (3, 32)
+
+
+@pytest.mark.parametrize(("opset", "ir_version"), [(8, 3), (13, 7), (21, 10)])
+@pytest.mark.parametrize("name", ["conv2d", "lstm", "gather", "gemm_weight_a"])
+def test_operators_of_old_and_new_models(name: str, opset: int, ir_version: int, tmp_path: Path) -> None:
+    case = CASES[name]
+    proto = case.proto(opset=opset, ir_version=ir_version)
+    outcome = compress_job(open_job(proto, case.inputs, Settings()), Request(error=0.02))
+    assert outcome.size_bytes < outcome.job.original.size_bytes
+    assert outcome.comparison.divergence <= 0.02
+    onnx.checker.check_model(written(outcome, tmp_path), full_check=True)
+
+
+def test_branches_are_compressed_too(tmp_path: Path) -> None:
+    proto = nested(normal(1, 16, 24))
+    job = open_job(proto, {"x": normal(2, 12, 16), "c": np.array(True)}, Settings())
+    outcome = compress_job(job, Request(size=0.6))
+    assert any(form != UNCHANGED for form in outcome.plan.forms.values())
+    onnx.checker.check_model(written(outcome, tmp_path), full_check=True)
+
+
+def test_only_what_is_included_changes() -> None:
+    proto, arrays = classifier(60)
+    job = open_job(proto, arrays, Settings(labels="labels", include=("^g$",), storages=("int8",), decompositions=("dense",)))
+    assert [site.name for site in job.sites] == ["g"]
+    assert {skip.name for skip in job.excluded} == {"c1", "c2", "c3", "head"}
+    outcome = compress_job(job, Request(size=0.5))
+    assert outcome.plan.forms == {"g": Form("dense", (), "int8")}
+
+
+@pytest.mark.parametrize(
+    ("forms", "words"),
+    [
+        ({"nowhere": Form("dense", (), "int8")}, "site 'nowhere' is not in the model"),
+        ({"g": Form("tucker2", (4, 4), "float", "contract")}, "site 'g' cannot take .*: not a convolution kernel"),
+        ({"g": Form("lowrank", (4000,), "float", "contract")}, r"site 'g' cannot take .*rank"),
+        ({"g": Form("lowrank", (4, 4), "float", "contract")}, r"site 'g' cannot take .*rank"),
+        ({"g": Form("lowrank", (), "float", "contract")}, r"site 'g' cannot take .*rank"),
+        ({"g": Form("dense", (4,), "int8")}, r"site 'g' cannot take .*rank"),
+    ],
+)
+def test_plans_that_do_not_fit_the_model_are_refused(forms: dict[str, Form], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        build(analysed()[0], forms)
+
+
+def test_building_leaves_the_job_as_it_was() -> None:
+    job, menu = analysed()
+    before = job.model.proto.SerializeToString(deterministic=True)
+    solve_and_build(job, menu, Request(size=0.2))
+    assert job.model.proto.SerializeToString(deterministic=True) == before

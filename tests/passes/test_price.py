@@ -1,0 +1,213 @@
+"""Prices: predicted bytes are the bytes that are written, and latency is measured on the right micro-model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intaglio.ops.form import UNCHANGED, Form
+from intaglio.passes.cache import Cache
+from intaglio.passes.calibrate import observe
+from intaglio.passes.latency import MicroBench
+from intaglio.passes.load import load
+from intaglio.passes.model import Model
+from intaglio.passes.options import Runtime
+from intaglio.passes.price import LatencyPricer, SizePricer, skeleton
+from intaglio.passes.save import save, serialized_size
+from intaglio.passes.session import CPU
+from intaglio.passes.sites import Sites, find_sites
+from tests.models import CASES, compress, forms_of, normal, parse, site_of
+from tests.passes.test_sites import nested
+
+VARINT_BYTES = 5
+"""The lengths of the graph and of the model are each written in at most five bytes; everything else is priced exactly."""
+
+
+def network(ir_version: int, opset: int) -> onnx.ModelProto:
+    """Weights below and above the size from which payloads are left out of a skeleton, of several operators."""
+    text = """g (float[N, 6, 8, 8] x) => (float[N, 33] y) {
+        a = Conv <pads = [1, 1, 1, 1]> (x, c1, b1)
+        r = Relu (a)
+        b = Conv <strides = [2, 2], pads = [1, 1, 1, 1]> (r, c2)
+        f = Flatten (b)
+        h = Gemm <transB = 1> (f, g1, b2)
+        i = MatMul (h, m1)
+        y = MatMul (i, m1t)
+    }"""
+    weights = {
+        "c1": normal(1, 16, 6, 3, 3),
+        "b1": normal(2, 16),
+        "c2": normal(3, 8, 16, 3, 3),
+        "g1": normal(4, 40, 128),
+        "b2": normal(5, 40),
+        "m1": normal(6, 40, 33),
+        "m1t": normal(7, 33, 33),
+    }
+    return parse(text, weights, opset=opset, ir_version=ir_version)
+
+
+@cache
+def opened(ir_version: int) -> tuple[Model, Sites, dict[str, list[Form]]]:
+    model = load(network(ir_version, 8 if ir_version < 8 else 18))
+    sites = find_sites(model)
+    return model, sites, {site.name: [UNCHANGED, *forms_of(site)] for site in sites}
+
+
+def written(model: Model, folder: Path, external: bool | None = None) -> int:
+    path = folder / "model.onnx"
+    return save(model, path, source=None, external=external)
+
+
+@pytest.mark.parametrize("external", [False, True])
+@pytest.mark.parametrize("ir_version", [3, 7, 8])
+def test_predicted_bytes_are_the_bytes_on_disk(ir_version: int, external: bool, tmp_path: Path) -> None:
+    model, _, forms = opened(ir_version)
+    pricer = SizePricer(model, external=external)
+    assert pricer.base_bytes == written(model, tmp_path, external)
+    for number in range(12):
+        plan = {name: options[(7 * number + 3 * i) % len(options)] for i, (name, options) in enumerate(forms.items())}
+        compressed, _ = compress(model, plan)
+        assert pricer.total(plan) == written(compressed, tmp_path, external), plan
+
+
+def plans(ir_version: int) -> st.SearchStrategy[dict[str, Form]]:
+    return st.fixed_dictionaries({name: st.sampled_from(options) for name, options in opened(ir_version)[2].items()})
+
+
+@settings(max_examples=40)
+@given(st.data(), st.sampled_from([3, 8]), st.booleans())
+def test_random_plans_are_priced_to_the_byte(data: st.DataObject, ir_version: int, external: bool) -> None:
+    """The total is exact; the sum of what the solver adds up is exact but for the varint lengths of graph and model."""
+    model, sites, _ = opened(ir_version)
+    plan = data.draw(plans(ir_version))
+    pricer = SizePricer(model, external=external)
+    total = pricer.total(plan)
+    assert total == serialized_size(compress(model, plan)[0], external)
+    prices = [pricer.price(site, plan[site.name]) for site in sites]
+    shared = {name for price in prices for name in price.shared}
+    added = pricer.base_bytes + sum(price.size_bytes for price in prices) + sum(pricer.shared[name] for name in shared)
+    slack = VARINT_BYTES if not external else VARINT_BYTES + _external_slack(len(sites))
+    assert abs(added - total) <= slack
+
+
+def _external_slack(sites: int) -> int:
+    """An external tensor costs alignment and a reference where an embedded one costs none: bounded per array, at most 3 a site."""
+    return 3 * sites * (64 + 128)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.sites])
+def test_every_form_of_every_family_is_priced_to_the_byte(name: str, tmp_path: Path) -> None:
+    model = load(CASES[name].proto())
+    pricer = SizePricer(model, external=False)
+    for site in find_sites(model):
+        for form in forms_of(site):
+            compressed, _ = compress(model, {site.name: form})
+            size = written(compressed, tmp_path)
+            assert pricer.total({site.name: form}) == size, form
+            price = pricer.price(site, form)
+            own = pricer.base_bytes + price.size_bytes + sum(pricer.shared[part] for part in price.shared)
+            assert abs(own - size) <= VARINT_BYTES, form
+
+
+def test_nested_and_tied_weights_are_priced_to_the_byte(tmp_path: Path) -> None:
+    tied = "g (int64[N, S] x) => (float[N, S, 40] y) { e = Gather (w, x) t = Transpose (w) y = MatMul (e, t) }"
+    for proto in (nested(), parse(tied, {"w": normal(1, 40, 16)})):
+        model = load(proto)
+        pricer = SizePricer(model, external=False)
+        for site in find_sites(model):
+            for form in forms_of(site):
+                assert pricer.total({site.name: form}) == written(compress(model, {site.name: form})[0], tmp_path), form
+
+
+def test_unchanged_costs_nothing() -> None:
+    model, site = site_of(CASES["conv2d"].proto())
+    price = SizePricer(model, external=False).price(site, UNCHANGED)
+    assert (price.size_bytes, price.shared) == (0, ())
+
+
+def test_weight_bytes_count_payloads() -> None:
+    model, site = site_of(CASES["gemm"].proto())
+    pricer = SizePricer(model, external=False)
+    assert pricer.weight_bytes(site, UNCHANGED) == 4 * 16 * 24
+    assert pricer.weight_bytes(site, Form("dense", (), "int8")) == 16 * 24 + 4 * 24
+    assert pricer.weight_bytes(site, Form("dense", (), "int4")) == 16 * 24 // 2 + 4 * 24
+    assert pricer.weight_bytes(site, Form("lowrank", (4,), "fp16", "contract")) == 2 * 4 * (16 + 24)
+
+
+def test_a_skeleton_has_the_size_of_the_model_and_none_of_its_payload() -> None:
+    model = load(network(8, 18))
+    before = model.proto.SerializeToString(deterministic=True)
+    light = skeleton(model)
+    assert serialized_size(light, False) == len(before)
+    assert light.proto.ByteSize() < len(before) / 2
+    assert model.proto.SerializeToString(deterministic=True) == before
+
+
+def bench() -> MicroBench:
+    return MicroBench(Cache(None), (CPU,), 1, budget_s=0.002)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.sites])
+def test_every_contracted_form_can_be_timed(name: str) -> None:
+    case = CASES[name]
+    model = load(case.proto())
+    sites = find_sites(model)
+    pricer = LatencyPricer(model, observe(model, sites.sites, case.data().first(1), Runtime()), bench())
+    for site in sites:
+        assert pricer.measurable(site) == (site.name != "r")  # the recurrent weight has no operator of its own
+        if site.name == "r":
+            continue
+        assert pricer.reference(site) > 0
+        for form in _some(forms_of(site)):
+            assert np.isfinite(pricer.change(site, form))
+
+
+def _some(forms: Sequence[Form]) -> list[Form]:
+    return [form for form in forms if form.execution == "contract" and form.storage == "float"]
+
+
+def test_dense_forms_and_storage_cost_no_time() -> None:
+    case = CASES["gemm"]
+    model, site = site_of(case.proto())
+    pricer = LatencyPricer(model, observe(model, (site,), case.data().first(1), Runtime()), bench())
+    assert pricer.change(site, Form("dense", (), "int8")) == 0.0
+    assert pricer.change(site, Form("lowrank", (4,), "int8", "dense")) == 0.0
+
+
+def test_a_weight_behind_a_cast_is_timed_in_the_type_it_is_used_in() -> None:
+    text = "g (float[N, 16] x) => (float[N, 24] y) { v = Cast <to = 1> (w) y = MatMul (x, v) }"
+    model, site = site_of(parse(text, {"w": normal(1, 16, 24, dtype=np.float16)}))
+    shapes = observe(model, (site,), {"x": normal(2, 3, 16)}, Runtime())
+    pricer = LatencyPricer(model, shapes, bench())
+    micro = pricer._micro(site, Form("lowrank", (4,), "float", "contract"))
+    assert {tensor.data_type for tensor in micro.graph.initializer} == {onnx.TensorProto.FLOAT}
+
+
+def test_a_large_recurrent_weight_beside_the_one_that_is_timed() -> None:
+    text = "g (float[S, B, 16] x) => (float[S, 1, B, 512] y) { y = RNN <hidden_size = 512> (x, w, r) }"
+    model = load(parse(text, {"w": normal(1, 1, 512, 16), "r": normal(2, 1, 512, 512)}))
+    sites = find_sites(model)
+    pricer = LatencyPricer(model, observe(model, sites.sites, {"x": normal(3, 3, 1, 16)}, Runtime()), bench())
+    assert pricer.reference(next(site for site in sites if site.name == "w")) > 0
+
+
+def test_a_low_rank_layer_is_measured_to_be_faster() -> None:
+    model, site = site_of(parse("g (float[N, 1024] x) => (float[N, 1024] y) { y = MatMul (x, w) }", {"w": normal(1, 1024, 1024)}))
+    shapes = observe(model, (site,), {"x": normal(2, 64, 1024)}, Runtime())
+    pricer = LatencyPricer(model, shapes, MicroBench(Cache(None), (CPU,), 1, budget_s=0.05))
+    assert pricer.change(site, Form("lowrank", (16,), "float", "contract")) < 0
+
+
+def test_nested_sites_are_not_timed() -> None:
+    model = load(nested())
+    sites = find_sites(model)
+    pricer = LatencyPricer(model, {}, bench())
+    assert [pricer.measurable(site) for site in sites] == [False, False]
+    assert [pricer.reference(site) for site in sites] == [0.0, 0.0]
