@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from .api import apply, bench, compress, inspect, plan, verify
     from .passes.cache import default_folder
     from .passes.errors import InfeasibleError, InputError, IntaglioError, VerificationError
-    from .passes.options import Runtime
     from .passes.job import Settings
+    from .passes.options import Runtime
     from .passes.plan import Plan
     from .passes.report import Report, Result
 
@@ -27,7 +27,7 @@ _HOMES = {
     "passes.cache": ("default_folder",),
     "passes.errors": ("InfeasibleError", "InputError", "IntaglioError", "VerificationError"),
     "passes.options": ("Runtime",),
-    "passes.pipeline": ("Settings",),
+    "passes.job": ("Settings",),
     "passes.plan": ("Plan",),
     "passes.report": ("Report", "Result"),
 }

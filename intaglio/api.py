@@ -12,9 +12,9 @@ from intaglio.passes.budget import Request
 from intaglio.passes.check import check_request, check_settings
 from intaglio.passes.data import Source
 from intaglio.passes.inspect import Inspection, inspect_job, inspect_model
+from intaglio.passes.job import Settings, open_job
 from intaglio.passes.judge import Benchmark, Verdict, bench_models, verify_models
 from intaglio.passes.options import Runtime
-from intaglio.passes.job import Settings, open_job
 from intaglio.passes.pipeline import compress_job
 from intaglio.passes.plan import Plan, read_plan
 from intaglio.passes.replan import plan_job, replan

@@ -25,7 +25,6 @@ from .analyse import measured_sites
 from .calibrate import Shapes
 from .canonicalize import canonicalize
 from .job import Job
-from .latency import compare_models
 from .load import load
 from .model import Model
 from .options import Progress, silent
@@ -51,7 +50,7 @@ class SiteProfile:
         bytes: of the stored tensors.
         share: bytes / bytes of the model.
         macs: multiply-accumulates of its first use in one run; None where shapes are unknown.
-        latency_s: of the operator by itself; None where it was not measured.
+        latency_s: of the operator, scaled down where operators by themselves sum to more than the model; None where not measured.
         latency_share: latency_s / latency of the model.
         rank: the most components it can have.
         effective_rank: exp of the entropy of its normalized energies.
@@ -148,8 +147,8 @@ def inspect_job(job: Job, *, progress: Progress = silent) -> Inspection:
     runtime = job.settings.runtime
     model = job.model
     session = open_session(model.proto, weights=model.weights, threads=runtime.threads, providers=runtime.providers)
-    total_s = compare_models(session, session, job.data.first(1), pairs=9).reference_s
     timer = latency_pricer(job)
+    total_s = timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
     profiles = []
     for site, moment in progress(measured_sites(job), "Inspecting", len(job.sites)):
         energies = spectrum(site.matrix(site.value(model)), moment)

@@ -86,7 +86,7 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
     correction = Correction()
     best: _Attempt | None = None
     for _ in range(RESOLVES):
-        plan = _plan(job, menu, budget, correction, sizes)
+        plan = plan_within(job, menu, budget, correction, sizes)
         model = build(job, plan.forms, progress=progress)
         with job.clock.phase("verify"):
             measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
@@ -125,7 +125,7 @@ class _Attempt:
         return ours is not None and theirs is not None and ours.objective < theirs.objective
 
 
-def _plan(job: Job, menu: Menu, budget: Budget, correction: Correction, sizes: SizePricer) -> Plan:
+def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, sizes: SizePricer) -> Plan:
     """A plan whose exact bytes keep the size budget and whose measured latency keeps the latency budget with little slack.
 
     Neither needs fitted factors: bytes are known from shapes, and latency does not depend on the values of weights.

@@ -172,7 +172,8 @@ def infeasible_message(menu: Menu, budget: Budget, solution: Solution, spare_byt
             )
         if near.divergence is not None:
             offers.append(f"--error {_up(near.divergence / usable)}" + (" (without the other budgets)" if "error" in near.alone else ""))
-    return f"no plan meets {', '.join(asked) or 'the budget'}; nearest feasible: {' or '.join(offers) or 'unknown'}; relax a budget or --exclude less"
+    nearest = f"nearest feasible: {' or '.join(offers) or 'unknown'}"
+    return f"no plan meets {', '.join(asked) or 'the budget'}; {nearest}; relax a budget or --exclude less"
 
 
 def _up(value: float) -> str:

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import onnx
 
-from intaglio.solver import Budget
-
 from .analyse import analyse
 from .budget import Request, resolve
 from .cache import Cache
@@ -21,8 +19,8 @@ from .job import Job
 from .load import load
 from .model import Model
 from .options import Progress, silent
-from .pipeline import choose_within
-from .plan import Correction, Menu, Plan
+from .pipeline import choose_within, plan_within
+from .plan import Correction, Plan
 from .price import SizePricer
 
 ROUNDS = 4
@@ -38,8 +36,7 @@ def plan_job(job: Job, request: Request, *, progress: Progress = silent) -> Plan
     """
     menu = analyse(job, Cache(job.settings.cache), latency=True, progress=progress)
     budget = resolve(request, job.original.size_bytes, menu.base)
-    with job.clock.phase("solve"):
-        return _solved(menu, budget, Correction(), SizePricer(job.model, external=job.external))
+    return plan_within(job, menu, budget, Correction(), SizePricer(job.model, external=job.external))
 
 
 def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -> Plan:
@@ -59,7 +56,14 @@ def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -
     budget = resolve(request, original.size_bytes, plan.menu.base)
     model, _ = canonicalize(original)
     sizes = SizePricer(model, external=bool(original.weights.files))
-    return _solved(plan.menu, budget, replace(plan.correction, spare_bytes=0), sizes)
+    correction = replace(plan.correction, spare_bytes=0)
+    for _ in range(ROUNDS):
+        solved = choose_within(plan.menu, budget, correction)
+        excess = 0 if budget.size_bytes is None else sizes.total(solved.forms) - int(budget.size_bytes)
+        if excess <= 0:
+            return solved
+        correction = replace(correction, spare_bytes=correction.spare_bytes + excess + 16)
+    raise InfeasibleError(f"no plan of at most {budget.size_bytes:,.0f} B was found in {ROUNDS} rounds; relax --size by 1 %")
 
 
 def check_model(model: Model, plan: Plan) -> None:
@@ -73,14 +77,3 @@ def check_model(model: Model, plan: Plan) -> None:
             f"plan: it was made for the model with SHA-256 {plan.menu.model_sha256[:12]}…, not for {model.path or 'this one'} "
             f"({model.sha256[:12]}…); solve again with `intaglio plan`"
         )
-
-
-def _solved(menu: Menu, budget: Budget, correction: Correction, sizes: SizePricer) -> Plan:
-    """A plan whose exact bytes keep the size budget."""
-    for _ in range(ROUNDS):
-        plan = choose_within(menu, budget, correction)
-        over = 0 if budget.size_bytes is None else int(sizes.total(plan.forms) - budget.size_bytes)
-        if over <= 0:
-            return plan
-        correction = replace(correction, spare_bytes=correction.spare_bytes + over + 16)
-    raise InfeasibleError(f"no plan of at most {budget.size_bytes:,.0f} B was found in {ROUNDS} rounds; relax --size by 1 %")

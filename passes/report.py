@@ -289,8 +289,9 @@ class Result:
             InputError: the file is the original, or cannot be written.
         """
         job, measured = self.outcome.job, self.report
-        save(self.outcome.model, path, source=job.original.path, external=job.external or None)
-        return replace(measured, output=FileFacts(str(path), load(path).sha256))
+        size_bytes = save(self.outcome.model, path, source=job.original.path, external=job.external or None)
+        size = SizeFacts.of(job.original.size_bytes, size_bytes)  # external data is referred to by the file's name
+        return replace(measured, output=FileFacts(str(path), load(path).sha256), size=size)
 
 
 def report(outcome: Outcome) -> Report:

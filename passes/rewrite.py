@@ -114,13 +114,21 @@ def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: f
 def declines(site: Site, form: Form) -> str | None:
     """None when the rewriter can give the site this form, else the reason why not."""
     if form.decomposition in ("unchanged", "dense"):
+        if form.ranks:
+            return "a whole weight has no ranks"
         specs = array_specs(site, form) if form.decomposition == "dense" else ()
     else:
-        reason = DECOMPOSITIONS[form.decomposition, form.execution].declines(site.use)
+        decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
+        reason = decomposition.declines(site.use)
         if reason:
             return reason
+        full = decomposition.full(site.use)
+        if len(form.ranks) != len(full) or not all(1 <= rank <= most for rank, most in zip(form.ranks, full, strict=True)):
+            return f"ranks {list(form.ranks)}, expected from 1 to {list(full)}"
         if form.execution == "dense" and site.order is not None:
             return "the weight is turned round before it is used"
+        if form.execution == "dense" and site.dtype.name == "bfloat16":
+            return "ONNX Runtime multiplies no bfloat16 on processors"
         if form.execution == "contract" and not all(_reads_alike(use, site.uses[0]) for use in site.uses):
             return "a tied weight whose uses read it differently"
         if form.execution == "contract" and any(use.scope != site.scope for use in site.uses):

@@ -7,20 +7,19 @@ truncation (the weakest directions), from which every other form is priced.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import GraphProto, ModelProto
+from onnx import ModelProto
 
 from .data import Dataset
 from .divergence import Divergence, Kind
 from .execute import Executor
-from .graph import scopes
 from .model import Model
 from .options import Runtime
-from .rewrite import _drop_anchor
+from .rewrite import Fragment, rewrite
 from .sites import Site
 
 
@@ -94,20 +93,5 @@ class Probe:
 
     def replaced(self, site: Site, value: NDArray[np.generic]) -> float:
         """Divergence when the site's anchor holds another array."""
-        proto = ModelProto()
-        proto.CopyFrom(self._model.proto)
-        body = next(scope.body for scope in scopes(proto) if scope.path == site.scope)
-        if not isinstance(body, GraphProto):
-            raise TypeError(f"site {site.name} lies in a function body")
-        listed = any(v.name == site.anchor for v in body.input)
-        _drop_anchor(body, site)
-        tensor = self._model.weights.spool(site.anchor, value)
-        body.initializer.append(tensor)
-        if listed:
-            from onnx import helper
-
-            body.input.append(helper.make_tensor_value_info(site.anchor, tensor.data_type, tensor.dims))
-        return self.divergence(proto)
-
-
-Trial = tuple[float, Callable[[], NDArray[np.generic]]]
+        fragment = Fragment((), (), {site.anchor: value}, {})
+        return self.divergence(rewrite(self._model, {site.name: fragment}, [site]).proto)

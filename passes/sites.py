@@ -1,9 +1,9 @@
 """Find the sites: every weight value of a model with all of its uses.
 
 A site is a constant float value (the *anchor*) that operators of a known family read, directly or through Identity, Cast, Transpose,
-Reshape, Squeeze, Unsqueeze or Flatten of constants. The anchor is an initializer or a `Constant` node where that is float already, and the output of
-`DequantizeLinear` or `Cast` where the stored tensor is not. Identity is the object: a tied weight is one site with several uses. Nested
-graphs are searched; weights inside model-local functions are listed as skipped.
+Reshape, Squeeze, Unsqueeze or Flatten of constants. The anchor is an initializer or a `Constant` node where that is float already, and
+the output of `DequantizeLinear` or `Cast` where the stored tensor holds integers. Identity is the object: a tied weight is one site with
+several uses. Nested graphs are searched; weights inside model-local functions are listed as skipped.
 
 Must not fire on: vectors (biases, norms), weights of fewer than `MIN_ELEMENTS` entries, initializers that a caller may override, values
 that are graph outputs, and weights whose activations are themselves dequantized (they run in integer kernels already).

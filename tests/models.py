@@ -21,7 +21,7 @@ from intaglio.passes.graph import all_names
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
 from intaglio.passes.options import Runtime
-from intaglio.passes.rewrite import declines, fragment, rewrite
+from intaglio.passes.rewrite import declines, fragment, ghosts, rewrite
 from intaglio.passes.sites import Site, Sites, find_sites
 
 Array = np.ndarray
@@ -125,7 +125,9 @@ CASES: dict[str, Case] = {
         {"x": np.random.default_rng(7).standard_normal((6, 16, 4)).astype(np.float32)},
     ),
     "gemm_weight_a": Case(
-        "g (float[N, 16] x) => (float[24, N] y) { y = Gemm <transB = 1> (w, x, b) }", {"w": normal(1, 24, 16), "b": normal(2, 24, 1)}, _VECTORS
+        "g (float[N, 16] x) => (float[24, N] y) { y = Gemm <transB = 1> (w, x, b) }",
+        {"w": normal(1, 24, 16), "b": normal(2, 24, 1)},
+        _VECTORS,
     ),
     "gemm_weight_a_trans_a": Case(
         "g (float[N, 16] x) => (float[24, N] y) { y = Gemm <transA = 1, transB = 1> (w, x, b) }",
@@ -190,6 +192,19 @@ def compress(model: Model, forms: Mapping[str, Form], known: Mapping[str, Moment
         arrays, weights[site.name] = pack(site, form, site.value(model), moment)
         fragments[site.name] = fragment(site, form, arrays, model.proto, taken)
     return rewrite(model, fragments, sites.sites), weights
+
+
+def mocked(model: Model, forms: Mapping[str, Form]) -> Model:
+    """The rewritten model with zeros in place of fitted arrays: what depends on shapes alone, at once."""
+    sites = find_sites(model)
+    taken = frozenset(all_names(model.proto))
+    fragments = {}
+    for site in sites:
+        form = forms.get(site.name, UNCHANGED)
+        if form != UNCHANGED:
+            arrays = tuple(tuple(np.zeros(spec.shape, spec.dtype) for spec in packed) for packed in ghosts(site, form))
+            fragments[site.name] = fragment(site, form, arrays, model.proto, taken)
+    return rewrite(model, fragments, sites.sites)
 
 
 def with_weight(proto: onnx.ModelProto, name: str, array: Array) -> onnx.ModelProto:

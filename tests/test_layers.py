@@ -82,19 +82,14 @@ def test_forbidden_imports_are_found_however_they_are_written(source: str, expec
 def test_layer_imports_nothing_forbidden(layer: str) -> None:
     members = {name: path for name, path in sources().items() if f"{name}.".startswith(f"intaglio.{layer}.")}
     assert members, f"no module found in {layer}/"
-    found = {
-        name: violations(path.read_text(encoding="utf-8"), package_of(name, path), FORBIDDEN[layer])
-        for name, path in members.items()
-    }
+    found = {name: violations(path.read_text(encoding="utf-8"), package_of(name, path), FORBIDDEN[layer]) for name, path in members.items()}
     assert {name: bad for name, bad in found.items() if bad} == {}
 
 
 def test_only_the_main_module_imports_tools() -> None:
     outside = {name: path for name, path in sources().items() if not f"{name}.".startswith("intaglio.tools.")}
     users = [
-        name
-        for name, path in outside.items()
-        if violations(path.read_text(encoding="utf-8"), package_of(name, path), ("intaglio.tools",))
+        name for name, path in outside.items() if violations(path.read_text(encoding="utf-8"), package_of(name, path), ("intaglio.tools",))
     ]
     assert set(users) <= set(TOOLS_USERS)
 

@@ -448,8 +448,8 @@ def _settings(
 ) -> Settings:
     from intaglio.passes.cache import default_folder
     from intaglio.passes.check import check_settings
-    from intaglio.passes.options import Runtime
     from intaglio.passes.job import Settings
+    from intaglio.passes.options import Runtime
 
     settings = Settings(
         target=target,

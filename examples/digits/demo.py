@@ -98,7 +98,7 @@ def main() -> None:
     inputs = ("compress", MODEL, "-o", small, "--data", calibration, "--labels", "y")
     intaglio(*inputs, "--size", str(SIZE_BUDGET), "--threads", "1", "--report", BUILD)
     divergence = ask("verify", MODEL, small, "--data", held_out)["divergence"]
-    latency = ask("bench", MODEL, small, "--data", held_out, "--threads", "1")["latency"]
+    latency = ask("bench", MODEL, small, "--data", held_out, "--threads", "1")["candidates"][0]["latency"]
     bytes_before, bytes_after = MODEL.stat().st_size, small.stat().st_size
     accuracy_before, accuracy_after = accuracy(MODEL, test), accuracy(small, test)
 

@@ -155,9 +155,7 @@ class ConvTranspose:
     def split_views(self, use: Use, rank: int) -> tuple[MatrixView, MatrixView]:
         """A 1×1 Conv to `rank` channels, then the transposed kernel."""
         view, ones = use.view, (1,) * (len(use.view.shape) - 2)
-        return MatrixView((rank, view.n, *ones), 1, rank, view.n, True), MatrixView(
-            (rank, *view.shape[1:]), 1, view.m, rank, False
-        )
+        return MatrixView((rank, view.n, *ones), 1, rank, view.n, True), MatrixView((rank, *view.shape[1:]), 1, view.m, rank, False)
 
     def split_axes(self, use: Use) -> tuple[int, int]:
         """Output channels of each."""

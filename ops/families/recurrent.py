@@ -41,9 +41,7 @@ class Recurrent:
         if use.index == 1:
             return row_gram(emitter, reshape(emitter, value, [-1, use.view.n]))
         order = [2, 3, 0, 1] if use.int("layout", 0) else [1, 3, 0, 2]
-        columns = reshape(
-            emitter, emitter.node("Transpose", [value], attributes={"perm": order}), [use.view.groups, use.view.n, -1]
-        )
+        columns = reshape(emitter, emitter.node("Transpose", [value], attributes={"perm": order}), [use.view.groups, use.view.n, -1])
         return column_gram(emitter, columns)
 
     def channel_axis(self, use: Use) -> int:

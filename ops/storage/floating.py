@@ -70,9 +70,7 @@ class Half:
 
     def emit(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, output: str | None = None) -> str:
         """One initializer and one `Cast`."""
-        return emitter.node(
-            "Cast", [emitter.constant(f"{suffix}.h", packed[0])], output, attributes={"to": onnx_type(spec.dtype)}
-        )
+        return emitter.node("Cast", [emitter.constant(f"{suffix}.h", packed[0])], output, attributes={"to": onnx_type(spec.dtype)})
 
 
 SAME = Same()

@@ -66,9 +66,7 @@ def _working(array: NDArray[np.generic]) -> NDArray[np.floating[Any]]:
     return array.astype(np.float64 if array.dtype == np.float64 else np.float32)
 
 
-def search_scales(
-    array: NDArray[np.generic], axis: int, largest: int, importance: NDArray[np.float64] | None
-) -> NDArray[np.float32]:
+def search_scales(array: NDArray[np.generic], axis: int, largest: int, importance: NDArray[np.float64] | None) -> NDArray[np.float32]:
     """Per-channel scales that minimise the (weighted) squared rounding error over a grid of clipping ratios.
 
     Args:

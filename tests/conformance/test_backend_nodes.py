@@ -12,16 +12,16 @@ from intaglio.passes.sites import find_sites
 from tests.conformance.backend import OPERATORS, BackendTest, Tally, backend_tests, check_site, frozen, run
 
 FLOORS = {
-    "MatMul": (1, 1, 1),
-    "Gemm": (1, 1, 1),
-    "Conv": (1, 1, 1),
-    "ConvTranspose": (1, 1, 1),
-    "Gather": (1, 1, 1),
-    "LSTM": (1, 1, 1),
-    "GRU": (1, 1, 1),
-    "RNN": (1, 1, 1),
+    "MatMul": (60, 4, 40),
+    "Gemm": (14, 28, 300),
+    "Conv": (30, 30, 380),
+    "ConvTranspose": (14, 12, 60),
+    "Gather": (15, 12, 135),
+    "LSTM": (5, 10, 90),
+    "GRU": (5, 10, 80),
+    "RNN": (5, 10, 85),
 }
-"""Operator → fewest models, sites and rewrites."""
+"""Operator → fewest models, sites and rewrites; a little below what is reached, since other versions of onnx bring other tests."""
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

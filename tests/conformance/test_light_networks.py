@@ -1,7 +1,7 @@
 """The nine networks that ship with ONNX (`light_*`): all of their weights are rewritten at once.
 
 As shipped, their nodes generate every weight as 0.02, and nearly every expected output is a uniform 0.001, which little could
-disturb. So each network also runs with seeded random weights and without its last Softmax, against itself before the rewrite. The
+disturb. So the networks also run with seeded random weights and without its last Softmax, against themselves before the rewrite. The
 sites take turns with the forms, one form per site and run. Nothing here goes through calibration: the metric is the identity.
 """
 
@@ -40,17 +40,20 @@ from tests.conformance.backend import (
 FLOORS = {
     "test_bvlc_alexnet": 5,
     "test_densenet121": 121,
-    "test_inception_v1": 56,
-    "test_inception_v2": 62,
-    "test_resnet50": 40,
+    "test_inception_v1": 49,
+    "test_inception_v2": 51,
+    "test_resnet50": 29,
     "test_shufflenet": 50,
     "test_squeezenet": 26,
-    "test_vgg19": 9,
+    "test_vgg19": 8,
     "test_zfnet512": 5,
 }
 """Network → fewest sites."""
 
-LARGE = 300_000
+HEAVY = ("test_vgg19", "test_zfnet512")
+"""Networks that run as shipped only: copying their 600 and 350 MB takes longer than all the rest."""
+
+LARGE = 150_000
 """Weights with more entries are sampled: the first `SAMPLE` of each network that have at most `HUGE` entries."""
 
 SAMPLE = 4
@@ -116,7 +119,7 @@ def test_as_shipped_yields_the_expected_output(name: str, tallies: defaultdict[s
         test.check(run(model, proto, test.feed, optimize=optimize, threads=THREADS))
 
 
-@pytest.mark.parametrize("name", FLOORS)
+@pytest.mark.parametrize("name", [name for name in FLOORS if name not in HEAVY])
 def test_random_weights_yield_what_they_did(name: str, tallies: defaultdict[str, Tally]) -> None:
     test, tally, generator = _networks()[name], tallies[name], np.random.default_rng(0)
     weights = {value: _random(array, generator) for value, array in _generated(test.proto).items()}

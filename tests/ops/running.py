@@ -42,9 +42,7 @@ def use_of(text: str, shape: Sequence[int], index: int = 1) -> Use:
 def assemble(emitter: Emitter, feed: Feed, outputs: Sequence[str]) -> ModelProto:
     """A model of everything that the emitter holds; IR 9 where it may carry functions, else IR 7."""
     inputs = [helper.make_tensor_value_info(name, onnx_type(array.dtype), array.shape) for name, array in feed.items()]
-    tensors = [
-        numpy_helper.from_array(array, name) for name, array in emitter.initializers.items() if not isinstance(array, Spec)
-    ]
+    tensors = [numpy_helper.from_array(array, name) for name, array in emitter.initializers.items() if not isinstance(array, Spec)]
     graph = helper.make_graph(emitter.nodes, "g", inputs, [ValueInfoProto(name=name) for name in outputs], tensors)
     functions = [program.function(emitter.target.opset) for program in emitter.programs.values()]
     imports = [helper.make_opsetid("", emitter.target.opset), helper.make_opsetid("com.microsoft", 1)]

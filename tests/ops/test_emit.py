@@ -33,9 +33,7 @@ def test_a_program_yields_the_same_as_a_function_and_inlined(storage: str, opset
 @pytest.mark.parametrize("functions", [True, False])
 def test_a_call_is_one_node_where_models_carry_functions_and_standard_nodes_where_not(functions: bool) -> None:
     emitter = emitter_for(functions=functions)
-    STORAGES["int4"].emit(
-        emitter, "", STORAGES["int4"].layout(Spec((4, 4), np.dtype(np.float32)), 0), Spec((4, 4), np.dtype("f4"))
-    )
+    STORAGES["int4"].emit(emitter, "", STORAGES["int4"].layout(Spec((4, 4), np.dtype(np.float32)), 0), Spec((4, 4), np.dtype("f4")))
     domains = {node.domain for node in emitter.nodes}
     assert domains == ({DOMAIN} if functions else {""})
     assert set(emitter.programs) == ({"DecodeInt4"} if functions else set())

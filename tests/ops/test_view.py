@@ -38,8 +38,6 @@ def test_inputs_first_is_the_transpose() -> None:
     ("shape", "groups", "m", "n", "outputs_first", "message"),
     [((4, 3), 1, 4, 2, True, "1 x 4 x 2 matrices do not fill"), ((4, 3), 2, 2, 3, False, "has one group")],
 )
-def test_impossible_views_are_refused(
-    shape: tuple[int, ...], groups: int, m: int, n: int, outputs_first: bool, message: str
-) -> None:
+def test_impossible_views_are_refused(shape: tuple[int, ...], groups: int, m: int, n: int, outputs_first: bool, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MatrixView(shape, groups, m, n, outputs_first)

@@ -126,7 +126,9 @@ def test_kinds_are_read_off_the_graph(body: str, kind: Kind) -> None:
 
 
 def test_an_output_called_logits_holds_logits() -> None:
-    proto = parse("g (float[N, 4] x) => (float[N, 4] logits, float[N, 4] other) { logits = Gemm (x, w) other = Relu (x) }", {"w": normal(1, 4, 4)})
+    proto = parse(
+        "g (float[N, 4] x) => (float[N, 4] logits, float[N, 4] other) { logits = Gemm (x, w) other = Relu (x) }", {"w": normal(1, 4, 4)}
+    )
     assert output_kinds(proto) == (Kind.LOGITS, Kind.VALUES)
 
 

@@ -80,7 +80,7 @@ def test_an_impossible_budget_names_a_possible_one() -> None:
     job, menu = analysed()
     with pytest.raises(InfeasibleError, match=r"nearest feasible: --size \d+B"):
         solve_and_build(job, menu, Request(size=0.001))
-    with pytest.raises(InfeasibleError, match="nearest feasible: --size .* or --error"):
+    with pytest.raises(InfeasibleError, match=r"nearest feasible: --size .* or --error"):
         solve_and_build(job, menu, Request(size=0.1, error=1e-6))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 
@@ -56,7 +58,7 @@ def test_predicted_errors_are_what_fitting_gives(text: str, weight: np.ndarray) 
     moment = Moment(root @ root.transpose(0, 2, 1) / (3 * n), 3 * n)
     value = site.value(model)
     proposals, _ = propose(site, value, moment, Allowed())
-    for proposal in proposals[1:]:
+    for proposal in proposals[1::3]:
         measured = relative_error(site.matrix(value), pack(site, proposal.form, value, moment)[1], moment)
         predicted = proposal.truncation + proposal.rounding
         if proposal.form.decomposition in ("dense", "lowrank", "channel_svd") and proposal.form.storage in ("float", "int8", "fp16"):
@@ -72,7 +74,7 @@ def test_truncation_falls_with_the_rank_and_rounding_with_the_bits() -> None:
     proposals, _ = propose(site, site.value(model), Moment.isotropic(1, 64), Allowed())
     ranked = sorted((p.form.ranks, p.truncation) for p in proposals if p.form.storage == "float" and p.form.execution == "contract")
     assert len(ranked) > 2
-    assert all(a > b for (_, a), (_, b) in zip(ranked, ranked[1:], strict=False))
+    assert all(a > b for (_, a), (_, b) in pairwise(ranked))
     dense = {p.form.storage: p.rounding for p in proposals if p.form.decomposition == "dense"}
     assert dense["fp16"] < dense["int8"] < dense["int4"]
 

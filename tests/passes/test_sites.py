@@ -267,7 +267,9 @@ def test_a_weight_with_one_reader_too_many_is_skipped_as_a_whole() -> None:
 
 
 def test_an_integer_kernel_is_left_alone() -> None:
-    text = f"{HEAD} {{ q = QuantizeLinear (x, t, z) d = DequantizeLinear (q, t, z) v = DequantizeLinear <axis = 1> (w, s) y = MatMul (d, v) }}"
+    text = (
+        f"{HEAD} {{ q = QuantizeLinear (x, t, z) d = DequantizeLinear (q, t, z) v = DequantizeLinear <axis = 1> (w, s) y = MatMul (d, v) }}"
+    )
     proto = parse(text, {"w": INTEGERS, "s": SCALES, "t": np.float32(0.1), "z": np.int8(0)})
     assert not find(proto).sites
     assert reasons(proto) == {"v": "its input is dequantized: it runs in integers already"}

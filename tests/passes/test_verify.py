@@ -35,9 +35,7 @@ def test_everything_is_measured_on_the_given_samples(limit_bytes: int) -> None:
     proto, data = labelled()
     damaged = with_weight(proto, "head", normal(3, 48, 6))
     indices = np.array([1, 4, 70, 119])
-    found = compare(
-        load(proto), load(damaged), data, indices, Runtime(batch=3, memory_limit_bytes=limit_bytes), metric="accuracy"
-    )
+    found = compare(load(proto), load(damaged), data, indices, Runtime(batch=3, memory_limit_bytes=limit_bytes), metric="accuracy")
     _, arrays = classifier()
     feed = {"x": arrays["x"][indices]}
     (a,), (b,) = run(proto, feed), run(damaged, feed)
@@ -69,7 +67,10 @@ def test_the_users_word_decides_the_unit() -> None:
         ("g (float[N, 17] x) => (float[N, 16] y) { y = MatMul (x, w) }", "inputs"),
         ("g (float[N, 16] z) => (float[N, 16] y) { y = MatMul (z, w) }", r"inputs \['z'\] differ from the reference's \['x'\]"),
         ("g (double[N, 16] x) => (double[N, 16] y) { y = MatMul (x, w) }", "inputs"),
-        ("g (float[N, 16] x) => (float[N, 16] other) { other = MatMul (x, w) }", r"outputs \['other'\] differ from the reference's \['y'\]"),
+        (
+            "g (float[N, 16] x) => (float[N, 16] other) { other = MatMul (x, w) }",
+            r"outputs \['other'\] differ from the reference's \['y'\]",
+        ),
     ],
 )
 def test_models_with_another_interface_are_refused(text: str, words: str) -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from onnx import numpy_helper, parser
+
+from intaglio.passes.latency import measure
 
 NETWORK = """
 <ir_version: 8, opset_import: ["" : 17]>
@@ -50,19 +52,20 @@ def network(seed: int = 0) -> onnx.ModelProto:
     return model
 
 
+@pytest.fixture(scope="session")
+def latencies(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A cache that all tests share, so that each latency is measured once."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The current folder, with `model.onnx` and `data.npz` (48 samples, labels under y); no cache outside it."""
+def folder(tmp_path: Path, latencies: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with `model.onnx` and `data.npz` (48 samples, labels under y)."""
     rng = np.random.default_rng(1)
     onnx.save(network(), tmp_path / "model.onnx")
     image = rng.standard_normal((48, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "data.npz", image=image, y=rng.integers(0, 10, 48))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("INTAGLIO_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("intaglio.passes.price.measure", partial(measure, rounds=3))  # quick: no test asks how long things take
+    monkeypatch.setenv("INTAGLIO_CACHE", str(latencies))
     return tmp_path
-
-
-@pytest.fixture
-def make_network() -> Callable[[int], onnx.ModelProto]:
-    """The network with other weights."""
-    return network

@@ -118,7 +118,7 @@ def other_data() -> None:
 @functools.cache
 def solved_plan() -> str:
     """A plan of the model, which is the same in every test."""
-    assert main("plan model.onnx -o plan.json --data data.npz --size 0.5".split()) == 0
+    assert main(["plan", "model.onnx", "-o", "plan.json", "--data", "data.npz", "--size", "0.5"]) == 0
     return Path("plan.json").read_text(encoding="utf-8")
 
 
@@ -280,9 +280,8 @@ ROWS = [
 
 
 def contents() -> dict[str, bytes]:
-    """Every file of the current folder but the cache."""
-    paths = [path for path in Path().rglob("*") if path.parts[0] != "cache"]
-    return {str(path): path.read_bytes() if path.is_file() else b"" for path in paths}
+    """Every file of the current folder."""
+    return {str(path): path.read_bytes() if path.is_file() else b"" for path in Path().rglob("*")}
 
 
 def one_line(capfd: pytest.CaptureFixture[str]) -> str:
@@ -361,5 +360,5 @@ def test_debug_shows_where_an_unexpected_error_comes_from(monkeypatch: pytest.Mo
 @pytest.mark.usefixtures("folder")
 def test_pickled_plans_are_not_unpickled(capfd: pytest.CaptureFixture[str]) -> None:
     Path("plan.json").write_bytes(pickle.dumps({"intaglio_plan": 1}))
-    assert main("apply model.onnx plan.json -o out.onnx --data data.npz".split()) == 2
+    assert main(["apply", "model.onnx", "plan.json", "-o", "out.onnx", "--data", "data.npz"]) == 2
     assert "plan.json" in one_line(capfd)

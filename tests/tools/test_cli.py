@@ -157,7 +157,7 @@ def test_a_solved_plan_that_breaks_its_budget_is_not_written(capfd: pytest.Captu
     plan["budget"]["divergence"] = 1e-12
     Path("plan.json").write_text(json.dumps(plan), encoding="utf-8")
     capfd.readouterr()
-    assert main("apply model.onnx plan.json -o out.onnx --data data.npz".split()) == 4
+    assert main(["apply", "model.onnx", "plan.json", "-o", "out.onnx", "--data", "data.npz"]) == 4
     assert "over the budget of 1e-12" in capfd.readouterr().err
     assert not Path("out.onnx").exists()
 
@@ -174,7 +174,7 @@ def test_verify_measures_all_samples(capfd: pytest.CaptureFixture[str]) -> None:
 def test_verify_fails_above_its_limit_and_still_tells(capfd: pytest.CaptureFixture[str]) -> None:
     run(COMPRESS)
     assert document("verify model.onnx out.onnx --data data.npz --error 1", capfd)["status"] == "met"
-    assert main("verify model.onnx out.onnx --data data.npz --error 1e-12 --json".split()) == 4
+    assert main(["verify", "model.onnx", "out.onnx", "--data", "data.npz", "--error", "1e-12", "--json"]) == 4
     out, err = capfd.readouterr()
     assert json.loads(out)["status"] == "missed"
     assert "over --error 1e-12" in err
@@ -238,7 +238,8 @@ def start(arguments: str) -> subprocess.Popen[str]:
     )
 
 
-def test_ctrl_c_leaves_nothing_behind() -> None:
+def test_ctrl_c_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("INTAGLIO_CACHE", "cache")
     before = sorted(os.listdir())
     with start(f"{COMPRESS} --report reports") as process:
         deadline = time.monotonic() + 60

@@ -74,7 +74,9 @@ def test_neither_step_raises_the_error(rank: int, seed: int, rows: int) -> None:
 
 
 def test_enough_steps_solve_for_the_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("intaglio.ops.decompositions.als.STEPS", 200)
+    monkeypatch.setattr(
+        "intaglio.ops.decompositions.als.STEPS", 3 * 2 * INNER
+    )  # conjugate directions: as many as there are unknowns, and some for rounding
     monkeypatch.setattr("intaglio.ops.decompositions.als.NEGLIGIBLE", 1e-16)
     metric, weight, outputs = moment_of(5, 1, N).matrix[0], doubles(6, M, N), doubles(7, M, 2 * POSITIONS)
     factor = update_factor(doubles(8, 2, INNER), outputs, weight, metric)
@@ -114,9 +116,7 @@ def test_metric_of_a_diagonal_moment() -> None:
     np.testing.assert_array_equal(metric_of(Moment(np.array([[1.0, 2.0]]), 0)), [[1, 0], [0, 2]])
 
 
-@pytest.mark.parametrize(
-    "gram", [np.zeros((3, 3)), np.ones((3, 3)), np.diag([1.0, 0.0, -1e-12])], ids=["zero", "flat", "negative"]
-)
+@pytest.mark.parametrize("gram", [np.zeros((3, 3)), np.ones((3, 3)), np.diag([1.0, 0.0, -1e-12])], ids=["zero", "flat", "negative"])
 def test_a_root_is_found_where_rounding_left_none(gram: Array) -> None:
     root = lower_root(gram)
     np.testing.assert_allclose(root @ root.T, gram, atol=1e-6)

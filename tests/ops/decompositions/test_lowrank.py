@@ -112,9 +112,7 @@ def test_gemm(decomposition: LowRank, index: int, trans_a: int, trans_b: int, op
 @BOTH
 @settings(max_examples=40)
 @given(st.sampled_from([0, 1]), st.booleans(), st.booleans(), st.booleans(), st.integers(1, 6), st.integers(0, 2))
-def test_matmul(
-    decomposition: LowRank, index: int, fused: bool, trans_a: bool, trans_b: bool, rank: int, extra_axes: int
-) -> None:
+def test_matmul(decomposition: LowRank, index: int, fused: bool, trans_a: bool, trans_b: bool, rank: int, extra_axes: int) -> None:
     trans_a, trans_b = trans_a and fused, trans_b and fused
     attributes = f"<transA = {int(trans_a)}, transB = {int(trans_b)}, alpha = 0.5>" if fused else ""
     op_type = "com.microsoft.FusedMatMul" if fused else "MatMul"
@@ -134,9 +132,7 @@ def test_fused_gemm(decomposition: LowRank, ranks: tuple[int]) -> None:
 
 @BOTH
 @pytest.mark.parametrize("ranks", [(1,), (4,)])
-@pytest.mark.parametrize(
-    "attributes", ["", "strides = [2, 1]", "pads = [1, 0, 0, 2]", "kernel_shape = [1, 1], strides = [2, 2]"]
-)
+@pytest.mark.parametrize("attributes", ["", "strides = [2, 1]", "pads = [1, 0, 0, 2]", "kernel_shape = [1, 1], strides = [2, 2]"])
 @pytest.mark.parametrize("groups", [1, 2])
 def test_pointwise_conv(decomposition: LowRank, groups: int, attributes: str, ranks: tuple[int]) -> None:
     use = use_of(f"[n] y = Conv <group = {groups}, {attributes}> (x, w, b)".replace(", >", ">"), (6 * groups, 4, 1, 1))
@@ -188,9 +184,7 @@ def test_gather(decomposition: LowRank, shape: tuple[int, ...], ranks: tuple[int
 @pytest.mark.parametrize("ranks", [(2,), (5,)])
 @pytest.mark.parametrize("direction", ["forward", "bidirectional"])
 @pytest.mark.parametrize(("op_type", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
-def test_input_weights_of_recurrent_layers(
-    decomposition: LowRank, op_type: str, gates: int, direction: str, ranks: tuple[int]
-) -> None:
+def test_input_weights_of_recurrent_layers(decomposition: LowRank, op_type: str, gates: int, direction: str, ranks: tuple[int]) -> None:
     directions = 2 if direction == "bidirectional" else 1
     text = f'[n] y, h = {op_type} <hidden_size = 6, direction = "{direction}"> (x, w, r, b)'
     use = use_of(text, (directions, gates * 6, 5))

@@ -16,9 +16,7 @@ from tests.ops.running import Array, assert_close, emitter_for, node_of, normal,
 SIZES = {1: (9,), 2: (6, 7), 3: (4, 5, 4)}
 
 
-def conv(
-    axes: int, kernel: list[int], strides: list[int], dilations: list[int], padding: str, groups: int = 1, op: str = "Conv"
-) -> Use:
+def conv(axes: int, kernel: list[int], strides: list[int], dilations: list[int], padding: str, groups: int = 1, op: str = "Conv") -> Use:
     """A Conv of 4 channels to 6."""
     text = f"y = {op} <group = {groups}, strides = {strides}, dilations = {dilations}, {padding}> (x, w)"
     return use_of(text, (6, 4 // groups, *kernel[:axes]))
@@ -61,9 +59,7 @@ def test_gram_is_the_sum_over_the_patches_that_the_operator_sees(use: Use, batch
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize(
-    "attributes", ["strides = [1, 1]", "strides = [2, 2]", "pads = [1, 0, 0, 1]", 'auto_pad = "SAME_UPPER"']
-)
+@pytest.mark.parametrize("attributes", ["strides = [1, 1]", "strides = [2, 2]", "pads = [1, 0, 0, 1]", 'auto_pad = "SAME_UPPER"'])
 def test_one_by_one_kernels(attributes: str, groups: int) -> None:
     use = use_of(f"y = Conv <group = {groups}, kernel_shape = [1, 1], {attributes}> (x, w)", (6, 4 // groups, 1, 1))
     image = normal(3, 2, 4, 5, 6)
