@@ -1,8 +1,8 @@
 """Compress a generated model larger than memory should need: python benchmarks/memory.py DIR [--blocks N] [--size R]
 
-Writes a model of N blocks with external data to DIR (24 blocks: 3.2 GB), compresses it in a fresh process, and prints the peak resident
-memory of that process beside the sizes. Every block is MatMul 1024 → 32768, Tanh, a mean over 32 heads and a residual sum; weights have a decaying
-spectrum, so that there is something to gain.
+Writes a model of N blocks with external data to DIR (24 blocks: 3.2 GB), compresses it in a fresh process, and prints the peak
+resident memory of that process beside the sizes. Every block is MatMul 1024 → 32768, Tanh, a mean over 32 heads and a residual
+sum; weights have a decaying spectrum, so that there is something to gain.
 """
 
 from __future__ import annotations

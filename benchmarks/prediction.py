@@ -1,8 +1,8 @@
 """Compare predicted with measured divergence, site by site: python benchmarks/prediction.py MODEL --data DATA [--forms N] [--samples N]
 
-For every site a few candidate forms are drawn at random, other than the trial forms that the prediction was calibrated with. Each is fitted and
-written into the original model alone; its divergence is measured on the choose split, which took no part in the prediction. Printed are the
-rank correlation over sites (the mean over draws of one form per site) and over all pairs.
+For every site a few candidate forms are drawn at random. Each is fitted and written into the original model alone; its
+divergence is measured on the choose split, which took no part in the prediction. Printed are the rank correlation over sites
+(the mean over draws of one form per site) and over all pairs.
 """
 
 from __future__ import annotations

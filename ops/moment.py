@@ -9,6 +9,9 @@ from numpy.typing import NDArray
 
 Float64 = NDArray[np.float64]
 
+_BLOCK_ENTRIES = 1 << 22
+"""Entries of a weight that are worked on at a time."""
+
 
 @dataclass(frozen=True)
 class Moment:
@@ -57,9 +60,18 @@ class Moment:
         """W·A for W of shape (groups, k, n)."""
         return np.asarray(weight * self.matrix[:, None, :] if self.diagonal else weight @ self.matrix)
 
-    def energy(self, weight: Float64) -> float:
-        """tr(W A Wᵀ), summed over groups: the mean square of the layer's output."""
-        return float(np.einsum("gmn,gmn->", self.times(weight), weight))
+    def energy(self, weight: Float64, other: Float64 | None = None) -> float:
+        """tr(W A Wᵀ), summed over groups: the mean square of the layer's output; with `other`, of W − other.
+
+        Rows are taken a block at a time, so that nothing as large as the weight is allocated.
+        """
+        step = max(1, _BLOCK_ENTRIES // (weight.shape[0] * weight.shape[2]))
+        total = 0.0
+        for start in range(0, weight.shape[1], step):
+            rows = weight[:, start : start + step]
+            rows = rows if other is None else rows - other[:, start : start + step]
+            total += float(np.einsum("gmn,gmn->", self.times(rows), rows))
+        return total
 
     def output_gram(self, weight: Float64) -> Float64:
         """W A Wᵀ, (groups, m, m)."""
@@ -70,5 +82,5 @@ class Moment:
 def relative_error(weight: Float64, approximation: Float64, moment: Moment) -> float:
     """‖(W − Ŵ)A½‖² / ‖W A½‖²; 0 for a weight whose output is zero and unchanged."""
     energy = moment.energy(weight)
-    error = moment.energy(weight - approximation)
+    error = moment.energy(weight, approximation)
     return error / energy if energy > 0 else float(error > 0)

@@ -17,7 +17,7 @@ from .fit import pack
 from .job import Job
 from .latency import MicroBench
 from .options import Progress, silent
-from .parallel import in_parallel
+from .parallel import in_parallel, workers
 from .plan import Candidate, Menu
 from .price import LatencyPricer, SizePricer
 from .propose import Proposal, propose
@@ -60,24 +60,29 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         with job.clock.phase("propose"):
             return site, moment, propose(site, site.value(job.model), moment, allowed)[0]
 
-    for site, moment, found in progress(in_parallel(look, measured_sites(job)), "Analysing", len(job.sites)):
+    for site, moment, found in progress(in_parallel(look, measured_sites(job), workers(job.sites)), "Analysing", len(job.sites)):
         proposals[site.name] = found
         with job.clock.phase("price"):
             curves[site.name] = _sensitivity(site, site.value(job.model), moment, found, probe)
     with job.clock.phase("price"):
-        feed = job.data.first(1)
-        session = open_session(
-            job.model.proto, weights=job.model.weights, threads=settings.runtime.threads, providers=settings.runtime.providers
-        )
-        bench = MicroBench(cache, settings.runtime.providers, settings.runtime.threads, budget_s=_TIMING_S)
-        timer = LatencyPricer(job.model, job.shapes, bench)
-        base_s = timer.calibrate(job.sites.sites, session.bind(feed))
+        timer, base_s = _timer(job, cache, latency)
         candidates = {
             site.name: _priced(site, proposals[site.name], curves[site.name], sizes, timer, latency)
             for site in progress(job.sites.sites, "Timing", len(job.sites))
         }
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
     return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), sizes.shared, unit)
+
+
+def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None, float]:
+    """What times forms, and seconds of one run of the model; nothing and 0 for a model that is too large to be held only for that."""
+    if not latency and not job.small:
+        return None, 0.0
+    runtime = job.settings.runtime
+    session = open_session(job.model.proto, weights=job.model.weights, threads=runtime.threads, providers=runtime.providers)
+    bench = MicroBench(cache, runtime.providers, runtime.threads, budget_s=_TIMING_S)
+    timer = LatencyPricer(job.model, job.shapes, bench)
+    return timer, timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
 
 
 def measured_sites(job: Job) -> Iterator[tuple[Site, Moment]]:
@@ -98,6 +103,8 @@ def _sensitivity(site: Site, value: np.ndarray, moment: Moment, proposals: Seque
         rounding.append((proposal.rounding, probe.replaced(site, site.stored(weight))))
     truncation: list[tuple[float, float]] = []
     lowrank = [p for p in proposals if p.form.storage == "float" and p.form.execution == "dense" and p.form.ranks and p.truncation > 0]
+    if probe.segmented and rounding:
+        lowrank = []  # every trial reads the whole file: one has to do
     trials = {min(lowrank, key=lambda p: abs(np.log(p.truncation / error))).form: None for error in TRIAL_ERRORS if lowrank}
     for form in trials:
         error = next(p.truncation for p in lowrank if p.form == form)
@@ -107,7 +114,7 @@ def _sensitivity(site: Site, value: np.ndarray, moment: Moment, proposals: Seque
 
 
 def _priced(
-    site: Site, proposals: Sequence[Proposal], curves: Sensitivity, sizes: SizePricer, timer: LatencyPricer, latency: bool
+    site: Site, proposals: Sequence[Proposal], curves: Sensitivity, sizes: SizePricer, timer: LatencyPricer | None, latency: bool
 ) -> tuple[Candidate, ...]:
     """Sizes and divergences of all forms, latencies of those that may matter."""
     rows = []
@@ -122,9 +129,8 @@ def _priced(
             other.size_bytes <= row.size_bytes and other.divergence <= row.divergence and other != row and other.form.execution == "dense"
             for other in rows
         )
-        if contract and not timer.measurable(site):
-            continue
-        if contract and beaten and not latency:
-            continue
-        kept.append(replace(row, latency_s=timer.change(site, row.form)) if contract else row)
+        if not contract:
+            kept.append(row)
+        elif timer is not None and timer.measurable(site) and (latency or not beaten):
+            kept.append(replace(row, latency_s=timer.change(site, row.form)))
     return tuple(kept)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.moment import Moment
 
 from .calibrate import calibrate, moment_parts
 from .errors import InputError
-from .fit import pack
+from .fit import store
 from .graph import all_names
 from .job import Job
 from .model import Model
 from .options import Progress, silent
-from .parallel import in_parallel
+from .parallel import in_parallel, workers
 from .price import noise
-from .rewrite import Fragment, declines, fragment, ghosts, rewrite
+from .rewrite import Fragment, declines, fragment, ghosts, rewrite, spooled
 from .sites import Site
 
 FIT_STAGES = 6
@@ -42,14 +44,20 @@ def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -
     fragments: dict[str, Fragment] = {}
     current = job.model
     stages = _stages(chosen)
-    for part in progress(stages, "Fitting", len(stages)):
+    for stage in progress(stages, "Fitting", len(stages)):
         with job.clock.phase("fit"):
-            moments = calibrate(current, part, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
-            packed = in_parallel(lambda site: pack(site, forms[site.name], site.value(job.model), moments[site.name])[0], part)  # noqa: B023
-            for site, arrays in zip(part, packed, strict=True):
-                fragments[site.name] = fragment(site, forms[site.name], arrays, job.model.proto, taken)
+            moments = calibrate(current, stage, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
+            for site, part in zip(stage, in_parallel(partial(_fitted, job, forms, moments, taken), stage, workers(stage)), strict=True):
+                fragments[site.name] = part
             current = rewrite(job.model, fragments, chosen)
     return current
+
+
+def _fitted(job: Job, forms: Mapping[str, Form], moments: Mapping[str, Moment], taken: frozenset[str], site: Site) -> Fragment:
+    """Fit one site; its arrays go to the model's spool, if that has one, and not into memory."""
+    value, form = site.value(job.model), forms[site.name]
+    arrays, _ = store(site, form, value, site.matrix(value), moments[site.name])
+    return spooled(fragment(site, form, arrays, job.model.proto, taken), job.model.weights)
 
 
 def mock(job: Job, forms: Mapping[str, Form]) -> Model:

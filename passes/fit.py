@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild, refit_last
 from intaglio.ops.form import Form
-from intaglio.ops.moment import Moment
+from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.storage import STORAGES
 
 from .rewrite import array_specs
@@ -34,38 +34,65 @@ def fit_factors(site: Site, form: Form, weight: NDArray[np.float64], moment: Mom
     return DECOMPOSITIONS[form.decomposition, form.execution].fit(weight, moment, site.use, form.ranks)
 
 
-def pack(
-    site: Site, form: Form, value: NDArray[np.generic], moment: Moment, factors: tuple[NDArray[np.float64], ...] | None = None
-) -> tuple[Arrays, NDArray[np.float64]]:
-    """The packed arrays of a form, and the weight that they stand for.
+def store(
+    site: Site,
+    form: Form,
+    value: NDArray[np.generic],
+    weight: NDArray[np.float64],
+    moment: Moment,
+    factors: tuple[NDArray[np.float64], ...] | None = None,
+) -> tuple[Arrays, tuple[NDArray[np.generic], ...]]:
+    """The packed arrays of a form, and what each of them decodes to.
 
     Args:
         site: the site.
         form: any but "unchanged".
         value: the anchor's array.
+        weight: the same as the first use sees it, (groups, m, n) float64.
         moment: second moment of the site's input.
         factors: from `fit_factors`, where they are known already.
-
-    Returns:
-        One tuple of packed arrays per array of the form, and Ŵ (groups, m, n) float64 as the layer will see it.
     """
     specs, storage = array_specs(site, form), STORAGES[form.storage]
     if form.decomposition == "dense":
         ((spec, axis),) = specs
         packed = storage.encode(value, axis, _importance(site, moment))
-        return (packed,), site.matrix(storage.decode(packed, spec))
-    weight = site.matrix(value)
+        return (packed,), (storage.decode(packed, spec),)
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
     factors = fit_factors(site, form, weight, moment) if factors is None else factors
-    packed_factors: list[tuple[NDArray[np.generic], ...]] = []
+    every: list[tuple[NDArray[np.generic], ...]] = []
     decoded: list[NDArray[np.float64]] = []
     for number, (spec, axis) in enumerate(specs):
         last = number == len(specs) - 1
         factor = refit_last(decomposition, weight, moment, site.use, form.ranks, decoded) if last else factors[number]
-        packed = storage.encode(factor.astype(spec.dtype), axis)
-        packed_factors.append(packed)
-        decoded.append(np.asarray(storage.decode(packed, spec), np.float64))
-    return tuple(packed_factors), rebuild(decomposition, site.use, form.ranks, decoded)
+        every.append(storage.encode(factor.astype(spec.dtype), axis))
+        decoded.append(np.asarray(storage.decode(every[-1], spec), np.float64))
+    return tuple(every), tuple(decoded)
+
+
+def rebuilt(site: Site, form: Form, decoded: tuple[NDArray[np.generic], ...]) -> NDArray[np.float64]:
+    """Ŵ (groups, m, n) float64, the weight that a form's decoded arrays stand for."""
+    if form.decomposition == "dense":
+        return site.matrix(decoded[0])
+    decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
+    return rebuild(decomposition, site.use, form.ranks, [np.asarray(array, np.float64) for array in decoded])
+
+
+def pack(site: Site, form: Form, value: NDArray[np.generic], moment: Moment) -> tuple[Arrays, NDArray[np.float64]]:
+    """`store` and `rebuilt` in one: the packed arrays of a form, and the weight that they stand for."""
+    arrays, decoded = store(site, form, value, site.matrix(value), moment)
+    return arrays, rebuilt(site, form, decoded)
+
+
+def form_error(
+    site: Site,
+    form: Form,
+    value: NDArray[np.generic],
+    weight: NDArray[np.float64],
+    moment: Moment,
+    factors: tuple[NDArray[np.float64], ...] | None = None,
+) -> float:
+    """Relative output error of a form as it would be stored; arguments as for `store`."""
+    return relative_error(weight, rebuilt(site, form, store(site, form, value, weight, moment, factors)[1]), moment)
 
 
 def _importance(site: Site, moment: Moment) -> NDArray[np.float64]:

@@ -112,9 +112,14 @@ class Job:
         """Whether the result keeps its weights beside the model file, as the original does."""
         return bool(self.original.weights.files)
 
+    @property
+    def small(self) -> bool:
+        """Whether two copies of the model may be held in memory for nothing but a measurement."""
+        return self.original.size_bytes <= self.settings.runtime.memory_limit_bytes
+
     def times(self, budget: Budget) -> bool:
-        """Whether the result's latency is measured: always for a latency budget, else where two models fit into memory."""
-        return budget.latency_s is not None or self.original.size_bytes <= self.calibration.memory_limit_bytes
+        """Whether the result's latency is measured: always for a latency budget, else where the model is small."""
+        return budget.latency_s is not None or self.small
 
 
 def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Settings, *, clock: Clock | None = None) -> Job:
@@ -138,6 +143,8 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
     found = find_sites(model)
     sites, excluded = TARGETS[settings.target].select(found, settings.include, settings.exclude)
     calibration = replace(settings.runtime, threads=max(settings.runtime.threads, os.cpu_count() or 1))
+    if original.size_bytes > calibration.memory_limit_bytes:  # sessions copy and repack weights: leave room for that
+        calibration = replace(calibration, memory_limit_bytes=calibration.memory_limit_bytes // 2)
     with clock.phase("calibrate"):
         shapes = observe(model, sites.sites, dataset.first(1), calibration)
     return Job(original, model, canonicalization, sites, excluded, dataset, splits, kinds, shapes, settings, calibration, clock)

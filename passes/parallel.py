@@ -1,7 +1,7 @@
 """Independent tasks side by side: one site per worker, each with single-threaded linear algebra.
 
-Two libraries that each start as many threads as there are cores slow each other down by an order of magnitude (OpenBLAS waits actively), and
-the number of BLAS threads changes the last bits of a result. One thread per task avoids both.
+Two libraries that each start as many threads as there are cores slow each other down by an order of magnitude (OpenBLAS waits
+actively), and the number of BLAS threads changes the last bits of a result. One thread per task avoids both.
 """
 
 from __future__ import annotations
@@ -14,16 +14,25 @@ from typing import TypeVar
 
 from threadpoolctl import threadpool_limits
 
+from .sites import Site
+
+_LARGE_ELEMENTS = 1 << 23
+"""A weight of 32 MB in float32."""
+
 T = TypeVar("T")
 R = TypeVar("R")
 
 
-def in_parallel(task: Callable[[T], R], items: Iterable[T], workers: int | None = None) -> Iterator[R]:
-    """Yield task(item) for every item, in the order of the items, computed by as many workers as there are cores.
+def workers(sites: Iterable[Site]) -> int:
+    """How many sites may be worked on at a time: one where a weight is so large that its float64 copies decide the memory."""
+    return 1 if any(site.elements >= _LARGE_ELEMENTS for site in sites) else os.cpu_count() or 1
+
+
+def in_parallel(task: Callable[[T], R], items: Iterable[T], count: int) -> Iterator[R]:
+    """Yield task(item) for every item, in the order of the items, computed by `count` workers.
 
     No more than one item per worker is taken ahead of the results that were asked for, so what the items hold does not pile up.
     """
-    count = workers or os.cpu_count() or 1
     waiting: deque[Future[R]] = deque()
     with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(count) as pool:
         try:

@@ -157,7 +157,7 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
     return best[1]
 
 
-def choose_within(menu: Menu, budget: Budget, correction: Correction = Correction()) -> Plan:
+def choose_within(menu: Menu, budget: Budget, correction: Correction) -> Plan:
     """Solve for a budget, a little below its latency and divergence.
 
     Raises:
@@ -205,7 +205,8 @@ def verified(
         broken.append(f"size {size} B is over the budget of {budget.size_bytes:.0f} B")
     if budget.divergence is not None and comparison.divergence > budget.divergence and not job.data.synthetic:
         broken.append(
-            f"divergence {comparison.divergence:.4g} is over the budget of {budget.divergence:.4g}; nearest: --error {comparison.divergence:.3g}"
+            f"divergence {comparison.divergence:.4g} is over the budget of {budget.divergence:.4g}; "
+            f"nearest: --error {comparison.divergence:.3g}"
         )
     if budget.latency_s is not None and latency is not None:
         limit = budget.latency_s / plan.menu.base.latency_s

@@ -8,13 +8,14 @@ shapes, each measured in alternation with the original operator. Storage never c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from intaglio.ops.emit import DOMAIN, Array, Spec, onnx_type, spec_of
-from intaglio.ops.families import FAMILIES
+from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import UNCHANGED, Form
 
 from .calibrate import Shapes
@@ -139,7 +140,7 @@ def _initializer_bytes(name: str, spec: Spec) -> int:
     tensor = ghost_tensor(name, spec)
     tensor.ClearField("data_location")
     payload = spec.nbytes
-    body = tensor.ByteSize() + 1 + _varint_bytes(payload) + payload
+    body = int(tensor.ByteSize()) + 1 + _varint_bytes(payload) + payload
     return 1 + _varint_bytes(body) + body
 
 
@@ -201,7 +202,7 @@ class LatencyPricer:
         return base_s
 
     def reference(self, site: Site) -> float:
-        """Seconds of the original operator: in the units of `calibrate` where that was called, by itself otherwise; 0 if it cannot be run."""
+        """Seconds of the original operator, in the units of `calibrate` where that was called; 0 if it cannot be run by itself."""
         if not self.measurable(site):
             return 0.0
         if site.name not in self._reference:
@@ -246,7 +247,7 @@ class LatencyPricer:
         while node.input and not node.input[-1]:
             del node.input[-1]
         output = next(name for name in node.output if name)
-        twin = type(use)(node, use.index, use.view)
+        twin = Use(node, use.index, use.view)
         if form is None:
             nodes = [node]
             arrays = {weight: Spec(use.view.shape, site.uses[0].dtype)}
@@ -270,19 +271,17 @@ class LatencyPricer:
         return helper.make_model(graph, opset_imports=list(self._proto.opset_import), ir_version=max(4, self._proto.ir_version))
 
 
-def noise(array: Array, rng: np.random.Generator) -> np.ndarray:
+def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:
     """Random values of an array's shape and dtype, scaled like weights; zeros for integers."""
     spec = spec_of(array)
     if spec.dtype.kind in "iu":
         return np.zeros(spec.shape, spec.dtype)
-    return (rng.standard_normal(spec.shape) / max(1, spec.shape[-1]) ** 0.5).astype(spec.dtype)
+    return np.asarray(rng.standard_normal(spec.shape) / max(1, spec.shape[-1]) ** 0.5, spec.dtype)
 
 
-def _single(site: Site, use: object) -> Site:
+def _single(site: Site, use: Use) -> Site:
     """The site with one other use."""
-    from dataclasses import replace
-
-    return replace(site, uses=(replace(site.uses[0], use=use),))  # type: ignore[arg-type]
+    return replace(site, uses=(replace(site.uses[0], use=use),))
 
 
 __all__ = ["InputError", "LatencyPricer", "SizePrice", "SizePricer", "declines", "skeleton"]

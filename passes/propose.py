@@ -1,7 +1,8 @@
 """Propose candidates: every form that a site can take, with its relative local error, from a few spectra per site.
 
-Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding errors of the
-dense weight are computed; those of factors are computed once per decomposition and storage, at a middle rank, and taken for the other ranks.
+Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding
+errors of the dense weight are computed; those of factors are computed once per decomposition and storage, at a middle rank, and
+taken for the other ranks.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from numpy.typing import NDArray
 
 from intaglio.ops.decompositions import DECOMPOSITIONS, Decomposition
 from intaglio.ops.form import UNCHANGED, Form
-from intaglio.ops.moment import Moment, relative_error
+from intaglio.ops.moment import Moment
 from intaglio.ops.storage import STORAGES
 
-from .fit import fit_factors, pack
+from .fit import fit_factors, form_error
 from .rewrite import declines
 from .sites import Site
 
@@ -78,7 +79,7 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
         if reason:
             reasons.append(f"{form}: {reason}")
             continue
-        proposals.append(Proposal(form, 0.0, _dense_error(site, form, value, weight, moment)))
+        proposals.append(Proposal(form, 0.0, form_error(site, form, value, weight, moment)))
     priced: dict[str, _Prices] = {}
     for (name, execution), decomposition in DECOMPOSITIONS.items():
         if name not in allowed.decompositions or execution not in allowed.executions:
@@ -110,10 +111,6 @@ class _Prices:
     rounding: dict[str, float]
 
 
-def _dense_error(site: Site, form: Form, value: NDArray[np.generic], weight: NDArray[np.float64], moment: Moment) -> float:
-    return relative_error(weight, pack(site, form, value, moment)[1], moment)
-
-
 def _prices(
     site: Site,
     decomposition: Decomposition,
@@ -131,10 +128,10 @@ def _prices(
     middle = len(ranks) // 2
     form = Form(decomposition.name, ranks[middle], "float", decomposition.execution)
     factors = fit_factors(site, form, weight, moment)
-    exact = relative_error(weight, pack(site, form, value, moment, factors)[1], moment)
+    exact = form_error(site, form, value, weight, moment, factors)
     for storage in storages:
         stored = replace(form, storage=storage)
         if storage != "float" and declines(site, stored) is None:
-            total = relative_error(weight, pack(site, stored, value, moment, factors)[1], moment)
+            total = form_error(site, stored, value, weight, moment, factors)
             rounding[storage] = max(0.0, total - exact) / max(1e-12, 1 - exact)
     return _Prices(tuple(zip(ranks, errors, strict=True)), rounding)

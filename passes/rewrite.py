@@ -10,7 +10,7 @@ Both run on real arrays or on `Spec`s alone, which is how bytes are predicted ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
@@ -25,6 +25,7 @@ from .canonicalize import remove_dead
 from .graph import all_names, reads, scopes
 from .model import Model
 from .sites import Site, SiteUse, opset
+from .weights import WeightStore
 
 FUNCTION_IR = 8
 """The IR version from which a model can carry functions."""
@@ -45,12 +46,14 @@ class Fragment:
         replacements: for a contracted form, the nodes that replace each use's operator, in the order of the site's uses.
         initializers: new initializers, by name.
         programs: decode programs that the nodes call, by name.
+        tensors: initializers whose arrays the weight store has taken over already.
     """
 
     weights: tuple[NodeProto, ...]
     replacements: tuple[tuple[NodeProto, ...], ...]
     initializers: Mapping[str, Array]
     programs: Mapping[str, Program]
+    tensors: tuple[TensorProto, ...] = ()
 
 
 def array_specs(site: Site, form: Form) -> tuple[tuple[Spec, int], ...]:
@@ -172,13 +175,20 @@ def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Sit
             _drop_anchor(body, site)
             first = next((i for i, node in enumerate(body.node) if site.anchor in reads(node)), len(body.node))
         _insert(body, first, part.weights)
-        for name, array in part.initializers.items():
-            tensor = ghost_tensor(name, array) if isinstance(array, Spec) else model.weights.spool(name, array)
+        for tensor in spooled(part, model.weights).tensors:
             body.initializer.append(tensor)
             if proto.ir_version < OPTIONAL_INPUT_IR and body is proto.graph:
-                body.input.append(helper.make_tensor_value_info(name, tensor.data_type, tensor.dims))
+                body.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     _carry(proto, programs)
     return Model(remove_dead(proto), model.weights, model.path, model.size_bytes, model.sha256)
+
+
+def spooled(part: Fragment, weights: WeightStore) -> Fragment:
+    """The fragment with its arrays handed over to a weight store, which may keep them on disk; specs become ghosts."""
+    tensors = (
+        ghost_tensor(name, array) if isinstance(array, Spec) else weights.spool(name, array) for name, array in part.initializers.items()
+    )
+    return replace(part, initializers={}, tensors=(*part.tensors, *tensors))
 
 
 def tensor_proto(name: str, array: Array) -> TensorProto:

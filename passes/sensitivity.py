@@ -63,18 +63,25 @@ class Sensitivity:
 
 
 class Probe:
-    """Measures how far outputs move when one weight is replaced."""
+    """Measures how far outputs move when one weight is replaced.
+
+    Attributes:
+        segmented: the model is too large to be held at once, so that every measurement reads all of its file.
+    """
+
+    segmented: bool
 
     def __init__(self, model: Model, kinds: tuple[Kind, ...], data: Dataset, indices: NDArray[np.int64], runtime: Runtime) -> None:
         """Run the original once and keep its outputs."""
         self._model, self._kinds, self._runtime = model, kinds, runtime
         self._feeds = [feed for feed, _ in data.feeds(indices, runtime.batch)]
         self._outputs = [value.name for value in model.proto.graph.output]
-        self._reference = self.outputs(model.proto)
+        executor = self._executor(model.proto)
+        self.segmented = executor.segment_count > 1
+        self._reference = list(executor.run(self._feeds))
 
-    def outputs(self, proto: ModelProto) -> list[list[NDArray[np.generic]]]:
-        """Outputs of a model on every feed."""
-        executor = Executor(
+    def _executor(self, proto: ModelProto) -> Executor:
+        return Executor(
             proto,
             self._model.weights,
             self._outputs,
@@ -82,12 +89,11 @@ class Probe:
             providers=self._runtime.providers,
             memory_limit_bytes=self._runtime.memory_limit_bytes,
         )
-        return list(executor.run(self._feeds))
 
     def divergence(self, proto: ModelProto) -> float:
         """Divergence of a model with the same inputs and outputs."""
         total = Divergence(self._kinds)
-        for reference, candidate in zip(self._reference, self.outputs(proto), strict=True):
+        for reference, candidate in zip(self._reference, self._executor(proto).run(self._feeds), strict=True):
             total.add(reference, candidate)
         return total.value
 

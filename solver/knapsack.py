@@ -402,9 +402,7 @@ def _lagrangian(program: _Program, multipliers: _Multipliers) -> tuple[float, Fl
     return bound, priced[:options] - cheapest[program.group]
 
 
-def _solve_core(
-    program: _Program, core: Mask, least: float, gap: float, deadline_s: float
-) -> tuple[tuple[int, ...] | None, float]:
+def _solve_core(program: _Program, core: Mask, least: float, gap: float, deadline_s: float) -> tuple[tuple[int, ...] | None, float]:
     """The best choice of options in the core, None if none was found, and a bound on the primary cost over the core."""
     columns = np.flatnonzero(np.append(core, np.ones(program.costs.shape[1] - len(core), dtype=np.bool_)))
     objective, unit, slack = _objective(program, columns, least, _TIE_WEIGHT * gap)

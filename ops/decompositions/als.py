@@ -24,8 +24,8 @@ SWEEPS = 4
 STEPS = 4
 """Conjugate gradient steps in a round; more rounds of few steps beat few rounds of more steps."""
 
-NEGLIGIBLE = 1e-6
-"""A step that lowers the relative error by less than this is the last one of its round."""
+NEGLIGIBLE = 1e-3
+"""A step that lowers the squared error by less than this share is the last one of its round."""
 
 
 def metric_of(moment: Moment) -> Float64:
@@ -110,9 +110,10 @@ def update_factor(factor: Float64, outputs: Float64, weight: Float64, metric: Fl
         metric: A, (n, n).
     """
     rank = len(factor)
-    error = (weight - compose(outputs, factor)) @ metric
-    total = float(np.vdot(weight @ metric, weight))
-    residual = pull(outputs, error, rank)
+    difference = weight - compose(outputs, factor)
+    image = difference @ metric
+    error = float(np.vdot(image, difference))
+    residual = pull(outputs, image, rank)
     direction, energy = residual, float(np.vdot(residual, residual))
     for _ in range(STEPS):
         image = pull(outputs, compose(outputs, direction) @ metric, rank)
@@ -121,7 +122,7 @@ def update_factor(factor: Float64, outputs: Float64, weight: Float64, metric: Fl
             break
         step = energy / curvature
         factor, residual = factor + step * direction, residual - step * image
-        if step * energy <= NEGLIGIBLE * total:
+        if step * energy <= NEGLIGIBLE * error:
             break
         previous, energy = energy, float(np.vdot(residual, residual))
         direction = residual + (energy / previous) * direction

@@ -64,9 +64,7 @@ def test_a_file_is_shared_and_later_values_win(tmp_path):
 
 
 def test_another_process_resumes(tmp_path):
-    program = (
-        "import pathlib, sys; from intaglio.passes.cache import Cache; Cache(pathlib.Path(sys.argv[1])).put_json('n', 'k', 1.5)"
-    )
+    program = "import pathlib, sys; from intaglio.passes.cache import Cache; Cache(pathlib.Path(sys.argv[1])).put_json('n', 'k', 1.5)"
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", program, str(tmp_path)], check=True, env=environment)
     assert Cache(tmp_path).get_json("n", "k") == 1.5

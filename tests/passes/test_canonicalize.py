@@ -486,18 +486,14 @@ def test_remove_dead_keeps_inputs_and_drops_chains_and_their_types() -> None:
 
 
 def test_remove_dead_keeps_nodes_without_outputs() -> None:
-    text = (
-        '<ir_version: 8, opset_import: ["" : 17, "a" : 1]> g (float[2] x) => (float[2] y) { n = Neg(x) a.Log(n) y = Relu(x) }'
-    )
+    text = '<ir_version: 8, opset_import: ["" : 17, "a" : 1]> g (float[2] x) => (float[2] y) { n = Neg(x) a.Log(n) y = Relu(x) }'
     proto = parse(text.replace("a.Log(n)", "l = a.Log(n)"))
     del proto.graph.node[1].output[:]
     assert op_types(remove_dead(proto)) == ["Neg", "Log", "Relu"]
 
 
 @settings(max_examples=25, deadline=None)
-@given(
-    st.lists(st.tuples(st.sampled_from(["Add", "Mul", "Sub"]), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=10)
-)
+@given(st.lists(st.tuples(st.sampled_from(["Add", "Mul", "Sub"]), st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=10))
 def test_remove_dead_changes_no_output_and_leaves_nothing_dead(program: list[tuple[str, int, int]]) -> None:
     names = ["x", "w"]
     nodes = []

@@ -105,9 +105,7 @@ def assert_same(actual: list[list[np.ndarray]], expected: list[list[np.ndarray]]
             np.testing.assert_array_equal(array, expected_array)
 
 
-@pytest.mark.parametrize(
-    ("name", "segments"), [("chain", 3), ("conditional", 3), ("loop", 3), ("function", 2), ("sequence", 4)]
-)
+@pytest.mark.parametrize(("name", "segments"), [("chain", 3), ("conditional", 3), ("loop", 3), ("function", 2), ("sequence", 4)])
 def test_segments_give_what_the_whole_gives(name, segments):
     model = MODELS[name]
     fetches = [value.name for value in model.graph.output]

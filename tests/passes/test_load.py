@@ -105,9 +105,7 @@ def test_a_model_in_memory_is_copied() -> None:
 
 def test_a_model_in_memory_needs_a_folder_for_external_data(tmp_path: Path) -> None:
     proto = externalized(tmp_path, model())
-    assert message_for(proto).startswith(
-        "model 'g': tensor 'w': external data location 'w.bin': the model came without a folder"
-    )
+    assert message_for(proto).startswith("model 'g': tensor 'w': external data location 'w.bin': the model came without a folder")
     loaded = load(proto, folder=tmp_path)
     assert (loaded.weights.read(loaded.proto.graph.initializer[0]) == W).all()
     assert loaded.size_bytes == proto.ByteSize() + W.nbytes
@@ -187,9 +185,7 @@ def test_the_newest_opset_is_the_newest_that_runs() -> None:
 
 def test_files_that_are_no_files_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.onnx")
-    assert message_for(tmp_path / "absent.onnx").endswith(
-        "cannot be read: No such file or directory; check the path and its permissions"
-    )
+    assert message_for(tmp_path / "absent.onnx").endswith("cannot be read: No such file or directory; check the path and its permissions")
     assert "is a folder, expected an ONNX file" in message_for(tmp_path)
     assert "is not a regular file" in message_for(tmp_path / "pipe.onnx")
     assert "cannot be read: embedded null byte" in message_for("a\0b")

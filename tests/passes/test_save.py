@@ -21,9 +21,7 @@ from intaglio.passes.save import EXTERNAL_THRESHOLD_BYTES, save, serialized_size
 from intaglio.passes.session import open_session, to_array, to_value
 from intaglio.passes.weights import ALIGNMENT_BYTES, SPOOL_THRESHOLD_BYTES, WeightStore, is_external, tensors
 
-NUMERIC = sorted(
-    value for name, value in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING") and "FLOAT6" not in name
-)
+NUMERIC = sorted(value for name, value in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING") and "FLOAT6" not in name)
 FLOATS = 600  # values per tensor, more than EXTERNAL_THRESHOLD_BYTES as float32
 
 
@@ -47,9 +45,7 @@ def everything() -> onnx.ModelProto:
         nodes = [*plus("b", "p", seed), helper.make_node("Add", ["p", "inner"], ["q"])]
         return helper.make_graph(nodes, "branch", [], [value("q")], [weight(seed + 1, "inner")])
 
-    sparse = helper.make_sparse_tensor(
-        weight(7, "s"), helper.make_tensor("", TensorProto.INT64, [FLOATS], range(FLOATS)), [4096]
-    )
+    sparse = helper.make_sparse_tensor(weight(7, "s"), helper.make_tensor("", TensorProto.INT64, [FLOATS], range(FLOATS)), [4096])
     typed = helper.make_tensor("typed", TensorProto.FLOAT, [FLOATS], np.linspace(0, 1, FLOATS).tolist())
     nodes = [
         *plus("x", "a", 1),
@@ -74,9 +70,7 @@ def everything() -> onnx.ModelProto:
 
 def old_style() -> onnx.ModelProto:
     """IR 3, where initializers are inputs as well."""
-    graph = helper.make_graph(
-        [helper.make_node("Add", ["x", "w"], ["y"])], "old", [value("x"), value("w")], [value("y")], [weight(0)]
-    )
+    graph = helper.make_graph([helper.make_node("Add", ["x", "w"], ["y"])], "old", [value("x"), value("w")], [value("y")], [weight(0)])
     return helper.make_model(graph, ir_version=3, opset_imports=[helper.make_opsetid("", 7)])
 
 
@@ -166,9 +160,7 @@ def test_attributes_of_other_operators_stay_embedded(tmp_path: Path) -> None:
     assert onnx.load(tmp_path / "m.onnx") == proto
 
 
-@given(
-    st.sampled_from(NUMERIC), st.integers(0, 2 * EXTERNAL_THRESHOLD_BYTES), st.booleans(), st.sampled_from([None, False, True])
-)
+@given(st.sampled_from(NUMERIC), st.integers(0, 2 * EXTERNAL_THRESHOLD_BYTES), st.booleans(), st.sampled_from([None, False, True]))
 def test_every_type_and_size_survives(
     tmp_path_factory: pytest.TempPathFactory, data_type: int, count: int, from_external: bool, external: bool | None
 ) -> None:

@@ -158,9 +158,7 @@ def test_values_of_every_kind_cross_the_border():
     (strings,) = session.run(["t"], {name: to_value(array) for name, array in feed.items()})
     assert to_array(strings).tolist() == ["a", "b"]
 
-    bits = parser.parse_model(
-        '<ir_version: 10, opset_import: ["" : 21]> g (bfloat16[n,2] x) => (bfloat16[n,2] y) { y = Identity(x) }'
-    )
+    bits = parser.parse_model('<ir_version: 10, opset_import: ["" : 21]> g (bfloat16[n,2] x) => (bfloat16[n,2] y) { y = Identity(x) }')
     for count in (0, 3):
         array = np.arange(2 * count).reshape(count, 2).astype(ml_dtypes.bfloat16)
         (result,) = run(open_session(bits), x=array)
@@ -257,9 +255,7 @@ def test_bad_options_are_refused():
 @pytest.mark.parametrize("strings", [False, True])
 def test_bind_runs_and_checks_the_feed(strings):
     kind = "string" if strings else "float"
-    model = parser.parse_model(
-        f'<ir_version: 8, opset_import: ["" : 17]> g ({kind}[2] x) => ({kind}[2] y) {{ y = Identity(x) }}'
-    )
+    model = parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> g ({kind}[2] x) => ({kind}[2] y) {{ y = Identity(x) }}')
     good = np.array(["a", "b"]) if strings else np.ones(2, np.float32)
     open_session(model).bind({"x": good, "unknown": good})()
     with pytest.raises(InputError, match="fails when run"):
@@ -273,9 +269,7 @@ def test_without_optimization_the_result_is_the_same():
 
 def test_telemetry_is_off_unless_the_user_says_otherwise():
     program = "import os, intaglio.passes.session; print(os.environ['ORT_DISABLE_TELEMETRY'])"
-    plain = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | {
-        "PYTHONPATH": str(REPOSITORY)
-    }
+    plain = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"} | {"PYTHONPATH": str(REPOSITORY)}
     for environment, expected in ((plain, "1"), (plain | {"ORT_DISABLE_TELEMETRY": "0"}, "0")):
         done = subprocess.run([sys.executable, "-c", program], env=environment, check=True, capture_output=True, text=True)
         assert done.stdout.strip() == expected

@@ -27,9 +27,7 @@ from intaglio.passes.weights import (
     tensors,
 )
 
-NUMERIC = sorted(
-    value for name, value in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING") and "FLOAT6" not in name
-)
+NUMERIC = sorted(value for name, value in TensorProto.DataType.items() if name not in ("UNDEFINED", "STRING") and "FLOAT6" not in name)
 PACKED = {TensorProto.UINT4: 2, TensorProto.INT4: 2, TensorProto.FLOAT4E2M1: 2, TensorProto.UINT2: 4, TensorProto.INT2: 4}
 
 shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
