@@ -19,8 +19,9 @@ help:
 demo: $(VENV)/examples.stamp
 	$(RUN) examples/digits/demo.py
 
+# One BLAS thread: OpenBLAS waits actively, so its threads and ONNX Runtime's slow each other down where cores are few.
 test: $(VENV)/test.stamp
-	$(RUN) -m pytest
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
 
 lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check

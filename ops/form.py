@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Form:
-    """decomposition × ranks × storage × execution (DESIGN.md, "Candidate").
+    """decomposition × ranks × storage × execution.
 
     Attributes:
         decomposition: "unchanged", "dense" (one array), or the name of a decomposition.

@@ -41,7 +41,7 @@ class Moment:
         return self.matrix if self.diagonal else np.diagonal(self.matrix, axis1=1, axis2=2)
 
     def regularized(self, ridge: float = 0.01) -> Moment:
-        """A + ridge·mean(diag A)·I: directions that the calibration data never showed are not free (METHODS.md, section 5).
+        """A + ridge·mean(diag A)·I: directions that the calibration data never showed are not free.
 
         Args:
             ridge: relative to the mean of the diagonal, or absolute for a group whose input was always zero.

@@ -46,7 +46,7 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         progress: shows how far the analysis is.
     """
     settings = job.settings
-    sizes = SizePricer(job.model, external=job.external)
+    sizes = job.sizes()
     target = TARGETS[settings.target]
     allowed = target.allowed(settings.decompositions, settings.storages)
     rng = np.random.default_rng(settings.seed)
@@ -123,7 +123,7 @@ def _priced(
         divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
         rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, proposal.truncation + proposal.rounding, size.shared))
     kept = []
-    for row in rows:
+    for row in (row for row in rows if np.isfinite(row.divergence)):
         contract = row.form.execution == "contract"
         beaten = any(
             other.size_bytes <= row.size_bytes and other.divergence <= row.divergence and other != row and other.form.execution == "dense"

@@ -11,7 +11,6 @@ from .job import Job
 from .options import Progress, silent
 from .pipeline import Outcome, verified
 from .plan import Plan
-from .price import SizePricer
 from .replan import check_model
 from .verify import compare
 
@@ -32,7 +31,7 @@ def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
     model = build(job, plan.forms, progress=progress)
     with job.clock.phase("verify"):
         measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
-    predicted = SizePricer(job.model, external=job.external).total(plan.forms)
+    predicted = job.sizes().total(plan.forms)
     return verified(
         job,
         plan,

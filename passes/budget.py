@@ -22,7 +22,7 @@ class Request:
         size: of the file.
         latency: of one run.
         error: divergence of the outputs.
-        minimize: what to minimise; None decides by DESIGN: error if a size or latency is given, size otherwise.
+        minimize: what to minimise; None for the error if a size or latency is given, else the size.
     """
 
     size: float | str | None = None

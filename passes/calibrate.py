@@ -4,7 +4,7 @@ For every site the model gets a few more nodes that sum x xᵀ over the rows of 
 leave the graph; they are added up in float64. Sites that read the same value share one sum. When all the moments together are too large
 the sites are taken in several runs. Where a Conv has far more output positions than its moment needs, some of them are sampled.
 
-Sites in nested graphs get no measurement and an isotropic metric.
+Sites in nested graphs get no measurement and an isotropic metric; so do those whose inputs are not finite or too large to be squared.
 """
 
 from __future__ import annotations
@@ -182,14 +182,16 @@ def _calibrate_part(
             else:
                 part = total.astype(np.float64).reshape(view.groups, view.n, view.n)
                 counts[key] += int(size) // (view.groups * view.n)
-            sums[key] = sums[key] + part if key in sums else part
+            with np.errstate(invalid="ignore"):  # infinities of both signs; what comes of them is not used
+                sums[key] = sums[key] + part if key in sums else part
     moments = {}
     for site in sites:
         key = keys[site.name]
         mean = sums[key] / max(1, counts[key])
         if key[0] == "gather":
             mean = (1 - UNSEEN) * mean + UNSEEN / mean.shape[1]
-        moments[site.name] = Moment(mean, counts[key])
+        known = np.isfinite(mean).all()
+        moments[site.name] = Moment(mean, counts[key]) if known else Moment.isotropic(site.use.view.groups, site.use.view.n)
     return moments
 
 

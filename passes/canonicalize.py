@@ -51,7 +51,7 @@ Array: TypeAlias = npt.NDArray[Any]
 Described: TypeAlias = NodeProto | GraphProto
 T = TypeVar("T")
 
-LIMIT_BYTES = 1 << 30
+LIMIT_BYTES = 1 << 28
 """Larger models are not given to ONNX Runtime, which holds them in memory several times while it optimises."""
 
 _SHAPE_BYTES = 4 << 10

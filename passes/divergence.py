@@ -1,7 +1,7 @@
 """How far a model's outputs are from the reference's: KL in nats for class scores, relative mean square error otherwise.
 
-An output counts as class scores where the graph shows it: it comes from Softmax (probabilities) or LogSoftmax, or from a Gemm, or a MatMul
-with bias, of shape (batch, classes ≥ 2) while the model's author or the user calls it logits. The user's word wins (`kind`).
+An output counts as class scores where the graph shows it: it comes from Softmax (probabilities) or LogSoftmax, or its name says logits.
+The user's word wins (`kind`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ _TINY = 1e-12
 """Probabilities below this are taken as this, so that a confident zero costs a finite number of nats."""
 
 _PASSING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Dropout", "Transpose"})
-_LOGIT_WORDS = ("logit", "score", "class", "fc", "output")
 
 
 class Kind(str, Enum):
@@ -41,23 +40,26 @@ def output_kinds(proto: ModelProto, kind: str = "auto") -> tuple[Kind, ...]:
         kind: "auto", or a `Kind` value that the first output is declared to be.
 
     Raises:
-        InputError: `kind` is unknown.
+        InputError: `kind` is unknown, or an output is no tensor.
     """
     producers = {name: node for node in proto.graph.node for name in node.output}
     kinds = []
     for value in proto.graph.output:
+        kind_of_type = value.type.WhichOneof("value")
+        if kind_of_type not in (None, "tensor_type"):
+            raise InputError(
+                f"model: output {value.name!r} has type {kind_of_type.removesuffix('_type').replace('_', ' ')}, "
+                "but only tensors can be compared; leave it out or make it a tensor"
+            )
         node = producers.get(value.name)
         while node is not None and node.op_type in _PASSING and node.input:
             node = producers.get(node.input[0])
         op_type = node.op_type if node is not None else ""
-        rank = len(value.type.tensor_type.shape.dim)
         if op_type == "Softmax":
             kinds.append(Kind.PROBABILITIES)
         elif op_type == "LogSoftmax":
             kinds.append(Kind.LOG_PROBABILITIES)
-        elif (
-            op_type in ("Gemm", "MatMul", "Add", "FusedGemm") and rank in (0, 2) and "logit" in value.name.lower()
-        ) or "logit" in value.name.lower():
+        elif "logit" in value.name.lower():
             kinds.append(Kind.LOGITS)
         else:
             kinds.append(Kind.VALUES)

@@ -17,6 +17,9 @@ from intaglio.ops.storage import STORAGES
 from .rewrite import array_specs
 from .sites import Site
 
+_ERROR_ENTRIES = 1 << 22
+"""Entries of a weight on which an error is computed, at least."""
+
 Arrays = tuple[tuple[NDArray[np.generic], ...], ...]
 
 
@@ -91,14 +94,17 @@ def form_error(
     moment: Moment,
     factors: tuple[NDArray[np.float64], ...] | None = None,
 ) -> float:
-    """Relative output error of a form as it would be stored; arguments as for `store`."""
-    return relative_error(weight, rebuilt(site, form, store(site, form, value, weight, moment, factors)[1]), moment)
+    """Relative output error of a form as it would be stored, on every k-th output of a large weight; arguments as for `store`."""
+    approximation = rebuilt(site, form, store(site, form, value, weight, moment, factors)[1])
+    step = -(-site.elements // _ERROR_ENTRIES)
+    return relative_error(weight[:, ::step], approximation[:, ::step], moment)
 
 
 def _importance(site: Site, moment: Moment) -> NDArray[np.float64]:
-    """diag(A) at every entry of the anchor: how much a squared error there costs."""
-    diagonal = moment.matrix if moment.diagonal else np.diagonal(moment.matrix, axis1=1, axis2=2)
-    floor = 0.01 * diagonal.mean(1, keepdims=True) + np.finfo(np.float64).tiny
+    """diag(A) at every entry of the anchor: how much a squared error there costs; broadcastable where no chain turns the weight."""
+    diagonal = moment.diag + 0.01 * moment.diag.mean(1, keepdims=True) + np.finfo(np.float64).tiny
     view = site.use.view
-    spread = np.broadcast_to((diagonal + floor)[:, None, :], (view.groups, view.m, view.n))
-    return np.asarray(site.stored_float64(spread))
+    if site.order is None and view.groups == 1:
+        trailing = view.shape[1:] if int(np.prod(view.shape[1:])) == view.n else (*(1,) * (len(view.shape) - 2), view.n)
+        return np.reshape(diagonal, (1, *trailing) if view.outputs_first else (view.n, *(1,) * (len(view.shape) - 1)))
+    return site.stored_float64(np.broadcast_to(diagonal[:, None, :], (view.groups, view.m, view.n)))

@@ -30,7 +30,7 @@ from .model import Model
 from .options import Progress, silent
 from .report import FileFacts, SampledFacts, latency_pricer, sampled_sites
 from .session import open_session
-from .sites import Site, Sites, Skip, find_sites, opset
+from .sites import Site, Sites, Skip, find_sites, opset, without_broken
 from .targets import TARGETS
 
 HELD_ENERGY = 0.99
@@ -128,7 +128,7 @@ def inspect_model(
     model, _ = canonicalize(original)
     if original.weights.files:
         original.weights.enable_spooling(Path(tempfile.gettempdir()))
-    sites, excluded = TARGETS["cpu"].select(find_sites(model), tuple(include), tuple(exclude))
+    sites, excluded = TARGETS["cpu"].select(without_broken(model, find_sites(model)), tuple(include), tuple(exclude))
     shapes = declared_shapes(model, sites.sites)
     profiles = []
     for site in progress(sites, "Inspecting", len(sites)):

@@ -23,7 +23,8 @@ from .errors import InputError
 from .load import load
 from .model import Model
 from .options import Runtime
-from .sites import Sites, Skip, find_sites
+from .price import SizePricer
+from .sites import Sites, Skip, find_sites, without_broken
 from .targets import TARGETS
 
 
@@ -44,6 +45,7 @@ class Settings:
         samples: most samples used; None for all.
         seed: of every random choice.
         cache: folder of the cache; None for none.
+        output_name: of the file that will be written; external data repeats it, so it counts.
     """
 
     target: str = "cpu"
@@ -58,6 +60,7 @@ class Settings:
     samples: int | None = None
     seed: int = 0
     cache: Path | None = None
+    output_name: str = "model.onnx"
 
 
 @dataclass
@@ -117,6 +120,10 @@ class Job:
         """Whether two copies of the model may be held in memory for nothing but a measurement."""
         return self.original.size_bytes <= self.settings.runtime.memory_limit_bytes
 
+    def sizes(self) -> SizePricer:
+        """Prices of forms and plans in bytes of the file that will be written."""
+        return SizePricer(self.model, external=self.external, name=self.settings.output_name)
+
     def times(self, budget: Budget) -> bool:
         """Whether the result's latency is measured: always for a latency budget, else where the model is small."""
         return budget.latency_s is not None or self.small
@@ -140,7 +147,7 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
         if original.weights.files:
             original.weights.enable_spooling(Path(tempfile.gettempdir()))
     kinds = output_kinds(original.proto, settings.kind)
-    found = find_sites(model)
+    found = without_broken(model, find_sites(model))
     sites, excluded = TARGETS[settings.target].select(found, settings.include, settings.exclude)
     calibration = replace(settings.runtime, threads=max(settings.runtime.threads, os.cpu_count() or 1))
     if original.size_bytes > calibration.memory_limit_bytes:  # sessions copy and repack weights: leave room for that

@@ -81,12 +81,17 @@ def compress_job(job: Job, request: Request, *, progress: Progress = silent) -> 
 def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progress = silent) -> Outcome:
     """The part of `compress_job` that depends on the budget."""
     budget = resolve(request, job.original.size_bytes, menu.base)
-    sizes = SizePricer(job.model, external=job.external)
+    sizes = job.sizes()
     timed = job.times(budget)
     correction = Correction()
     best: _Attempt | None = None
     for _ in range(RESOLVES):
-        plan = plan_within(job, menu, budget, correction, sizes)
+        try:
+            plan = plan_within(job, menu, budget, correction, sizes)
+        except InfeasibleError:
+            if best is None or not best.keeps(budget):
+                raise
+            break
         model = build(job, plan.forms, progress=progress)
         with job.clock.phase("verify"):
             measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
@@ -114,12 +119,15 @@ class _Attempt:
     model: Model
     measured: float
 
+    def keeps(self, budget: Budget) -> bool:
+        """Whether the error budget holds on the choose split, with slack."""
+        return budget.divergence is None or self.measured <= budget.divergence * SLACK
+
     def better_than(self, other: _Attempt, budget: Budget) -> bool:
         """Keeping the error budget comes first, then the objective."""
-        limit = float("inf") if budget.divergence is None else budget.divergence * SLACK
-        if (self.measured <= limit) != (other.measured <= limit):
-            return self.measured <= limit
-        if self.measured > limit or budget.minimize == "error":
+        if self.keeps(budget) != other.keeps(budget):
+            return self.keeps(budget)
+        if not self.keeps(budget) or budget.minimize == "error":
             return self.measured < other.measured
         ours, theirs = self.plan.solution, other.plan.solution
         return ours is not None and theirs is not None and ours.objective < theirs.objective
@@ -133,10 +141,16 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
     Raises:
         InfeasibleError: no plan keeps them.
     """
-    best: tuple[float, Plan] | None = None
+    best: Plan | None = None
+    fastest = float("inf")
     for _ in range(RESOLVES + 2):
         with job.clock.phase("solve"):
-            plan = choose_within(menu, budget, correction)
+            try:
+                plan = choose_within(menu, budget, correction)
+            except InfeasibleError:
+                if best is None:
+                    raise
+                break
             excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
         if excess > 0:
             correction = replace(correction, spare_bytes=correction.spare_bytes + excess + 16)
@@ -145,16 +159,18 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
             return plan
         with job.clock.phase("price"):
             ratio = _latency(job, mock(job, plan.forms)).ratio
+        fastest = min(fastest, ratio)
         limit = budget.latency_s / menu.base.latency_s
         predicted = plan.latency_s / menu.base.latency_s
-        if ratio <= limit * SLACK and (best is None or plan.divergence < best[0]):
-            best = (plan.divergence, plan)
+        if ratio <= limit * SLACK and (best is None or plan.divergence < best.divergence):
+            best = plan
         if limit * LOOSE <= ratio <= limit * SLACK or predicted >= 1:
             break
         correction = replace(correction, latency=max(0.05, plan.correction.latency * (1 - ratio) / (1 - predicted)))
     if best is None:
-        raise InfeasibleError("no plan measured within the budgets; relax --latency or --size by a few percent")
-    return best[1]
+        nearest = f"nearest measured: --latency {fastest / SLACK:.2f}" if fastest < float("inf") else "relax --size by a percent"
+        raise InfeasibleError(f"no plan keeps the budgets as measured in {RESOLVES + 2} rounds; {nearest}")
+    return best
 
 
 def choose_within(menu: Menu, budget: Budget, correction: Correction) -> Plan:
@@ -194,7 +210,7 @@ def verified(
         VerificationError: a budget is broken.
     """
     with tempfile.TemporaryDirectory() as folder, job.clock.phase("verify"):
-        path = Path(folder) / "model.onnx"
+        path = Path(folder) / job.settings.output_name
         size = save(model, path, source=job.original.path, external=job.external or None)
         written = load(path)
         metric = job.settings.metric if job.settings.labels else None

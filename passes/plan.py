@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,7 @@ def choose(menu: Menu, budget: Budget, correction: Correction = Correction(), us
 
     Args:
         menu: what to choose from.
-        budget: limits and what to minimize.
+        budget: limits and what to minimize; the divergence decides between choices of the same least latency.
         correction: of the menu's predictions.
         usable: share of the latency and divergence budgets that the choice may use.
 
@@ -132,11 +132,22 @@ def choose(menu: Menu, budget: Budget, correction: Correction = Correction(), us
         None if budget.divergence is None else budget.divergence * usable,
         budget.minimize,
     )
-    solution = solve(_problem(menu, correction), tightened)
-    if not solution.choice:
+    problem = _problem(menu, correction)
+    solution = solve(problem, tightened)
+    if solution.cost is None:
         raise InfeasibleError(infeasible_message(menu, budget, solution, correction.spare_bytes, usable))
+    if budget.minimize == "latency":
+        solution = _gentlest(problem, tightened, solution)
     forms = {name: options[i].form for (name, options), i in zip(menu.candidates.items(), solution.choice, strict=True)}
     return Plan(menu, forms, budget, solution, correction)
+
+
+def _gentlest(problem: Problem, budget: Budget, fastest: Solution) -> Solution:
+    """Of the choices that are as fast as the fastest, the one with the least divergence: many forms run alike, but not all harm alike."""
+    gentle = solve(problem, replace(budget, latency_s=fastest.objective, minimize="error"))
+    if gentle.cost is None:
+        return fastest
+    return replace(fastest, choice=gentle.choice, cost=gentle.cost, seconds=fastest.seconds + gentle.seconds)
 
 
 def _problem(menu: Menu, correction: Correction) -> Problem:
@@ -173,7 +184,8 @@ def infeasible_message(menu: Menu, budget: Budget, solution: Solution, spare_byt
         if near.divergence is not None:
             offers.append(f"--error {_up(near.divergence / usable)}" + (" (without the other budgets)" if "error" in near.alone else ""))
     nearest = f"nearest feasible: {' or '.join(offers) or 'unknown'}"
-    return f"no plan meets {', '.join(asked) or 'the budget'}; {nearest}; relax a budget or --exclude less"
+    remedy = "relax a budget or --exclude less" if menu.candidates else "no weight of this model may change, `intaglio inspect` says why"
+    return f"no plan meets {', '.join(asked) or 'the budget'}; {nearest}; {remedy}"
 
 
 def _up(value: float) -> str:

@@ -19,11 +19,10 @@ from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import UNCHANGED, Form
 
 from .calibrate import Shapes
-from .errors import InputError
 from .graph import MAIN, all_names, field_size
 from .latency import MicroBench, measure, structure
 from .model import Model
-from .rewrite import FUNCTION_IR, Fragment, declines, fragment, ghost_tensor, ghosts, rewrite
+from .rewrite import FUNCTION_IR, Fragment, fragment, ghost_tensor, ghosts, rewrite
 from .save import serialized_size
 from .sites import Site, find_sites, opset
 from .weights import WeightStore, tensors
@@ -79,12 +78,12 @@ class SizePrice:
 class SizePricer:
     """Exact bytes of forms and of plans."""
 
-    def __init__(self, model: Model, *, external: bool) -> None:
-        """Make the skeleton of the model that plans start from; `external` says how it will be saved."""
+    def __init__(self, model: Model, *, external: bool, name: str = "model.onnx") -> None:
+        """Make the skeleton of the model that plans start from; `external` and `name` say how it will be saved."""
         self._model = skeleton(model)
         self._sites = {site.name: site for site in find_sites(self._model)}
         self._taken = frozenset(all_names(self._model.proto))
-        self._external = external
+        self._external, self._name = external, name
         self._freed: dict[tuple[str, str], int] = {}
         self.base_bytes = self._size(self._model)
         self.shared: dict[str, int] = {DOMAIN_RESOURCE: 0}
@@ -102,10 +101,10 @@ class SizePricer:
             self._freed[key] = self.base_bytes + added + fixed - self._size(rewrite(self._model, {site.name: part}, [twin]))
         return SizePrice(added - self._freed[key], shared)
 
-    def total(self, plan: Mapping[str, Form], *, name: str = "model.onnx") -> int:
-        """Bytes of the file (and its data file) that `save` will write for a plan; `name` is repeated by external references."""
+    def total(self, plan: Mapping[str, Form]) -> int:
+        """Bytes of the file (and its data file) that `save` will write for a plan."""
         parts = {site: self._fragment(site, form) for site, form in plan.items() if form != UNCHANGED}
-        return self._size(rewrite(self._model, parts, list(self._sites.values())), name)
+        return self._size(rewrite(self._model, parts, list(self._sites.values())))
 
     def weight_bytes(self, site: Site, form: Form) -> int:
         """Payload of a form's arrays; of the stored tensors for "unchanged"."""
@@ -117,8 +116,8 @@ class SizePricer:
         site = self._sites[name]
         return fragment(site, form, ghosts(site, form), self._model.proto, self._taken)
 
-    def _size(self, model: Model, name: str = "model.onnx") -> int:
-        return serialized_size(model, self._external, name=name)
+    def _size(self, model: Model) -> int:
+        return serialized_size(model, self._external, name=self._name)
 
     def _added(self, part: Fragment) -> int:
         nodes = [*part.weights, *(node for nodes in part.replacements for node in nodes)]
@@ -282,6 +281,3 @@ def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:
 def _single(site: Site, use: Use) -> Site:
     """The site with one other use."""
     return replace(site, uses=(replace(site.uses[0], use=use),))
-
-
-__all__ = ["InputError", "LatencyPricer", "SizePrice", "SizePricer", "declines", "skeleton"]

@@ -71,6 +71,8 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
     weight = site.matrix(value)
     proposals = [Proposal(UNCHANGED, 0.0, 0.0)]
     reasons: list[str] = []
+    if not np.isfinite(weight).all():
+        return tuple(proposals), ("it holds values that are not finite",)
     for storage in allowed.storages:
         form = Form("dense", (), storage)
         reason = declines(site, form)

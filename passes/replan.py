@@ -36,7 +36,7 @@ def plan_job(job: Job, request: Request, *, progress: Progress = silent) -> Plan
     """
     menu = analyse(job, Cache(job.settings.cache), latency=True, progress=progress)
     budget = resolve(request, job.original.size_bytes, menu.base)
-    return plan_within(job, menu, budget, Correction(), SizePricer(job.model, external=job.external))
+    return plan_within(job, menu, budget, Correction(), job.sizes())
 
 
 def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -> Plan:

@@ -347,7 +347,7 @@ def latency_pricer(job: Job) -> LatencyPricer:
 
 def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:
     job, plan = outcome.job, outcome.plan
-    sizes = SizePricer(job.model, external=job.external)
+    sizes = job.sizes()
     timer = latency_pricer(job)
     return tuple(_site(site, plan, sizes, timer) for site in job.sites)
 

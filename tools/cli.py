@@ -249,7 +249,7 @@ def compress(
     settings = _settings(
         target=target, providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind,
         include=include, exclude=exclude, decompositions=decompositions, storages=storages, samples=samples,
-        seed=seed, cache=cache, no_cache=no_cache,
+        seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
     _check_outputs(output, report, [model, Path(data)])
     with shown(f"Compressing {model.name}", enabled=not json) as progress:
@@ -349,7 +349,7 @@ def apply(
 
     settings = _settings(
         providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind, samples=samples, seed=seed,
-        cache=cache, no_cache=no_cache,
+        cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
     _check_outputs(output, report, [model, plan, Path(data)])
     chosen = read_plan(plan)
@@ -445,6 +445,7 @@ def _settings(
     seed: int = 0,
     cache: Path | None = None,
     no_cache: bool = False,
+    output: Path | None = None,
 ) -> Settings:
     from intaglio.passes.cache import default_folder
     from intaglio.passes.check import check_settings
@@ -464,6 +465,7 @@ def _settings(
         samples=samples,
         seed=seed,
         cache=None if no_cache else cache or default_folder(),
+        output_name=output.name if output is not None else Settings.output_name,
     )
     check_settings(settings)
     return settings

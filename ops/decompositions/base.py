@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 Ranks = tuple[int, ...]
 
 RIDGE = 0.01
-"""Share of mean(diag A) added to A when factors are fitted (METHODS.md, section 5)."""
+"""Share of mean(diag A) added to A when factors are fitted: directions that calibration never showed are not free."""
 
 SOLVE_RIDGE = 1e-9
 """Relative ridge of a least-squares problem: makes a prefix that lost rank harmless, and changes nothing else visibly."""

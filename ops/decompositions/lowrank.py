@@ -1,4 +1,4 @@
-"""Low rank: W ≈ U·V, optimal in the input metric (METHODS.md, section 0; SVD-LLM, BALF).
+"""Low rank: W ≈ U·V, optimal in the input metric (SVD-LLM, BALF).
 
 The best rank-r approximation in the metric A is the projection of W on the leading eigenvectors of W A Wᵀ: with U_r those
 eigenvectors, Ŵ = U_r U_rᵀ W, and the discarded eigenvalues are exactly the squared error. So one m×m eigenproblem prices

@@ -269,6 +269,16 @@ def test_sites_in_nested_graphs_have_an_isotropic_metric() -> None:
             np.testing.assert_array_equal(moment.matrix, 1.0)
 
 
+@pytest.mark.parametrize("scale", [1e25, -3e38])
+def test_inputs_too_large_to_be_squared_have_an_isotropic_metric(scale: float) -> None:
+    proto = parse("g (float[N, 16] x) => (float[N, 24] y) { y = MatMul (x, w) }", {"w": normal(1, 16, 24)})
+    x = np.float32(scale) * np.sign(normal(2, 6, 16))
+    model = load(proto)
+    moment = moments(model, find_sites(model), open_dataset({"x": x}, input_specs(proto)))["w"]
+    assert (moment.diagonal, moment.rows) == (True, 0)
+    np.testing.assert_array_equal(moment.matrix, 1.0)
+
+
 def test_observed_shapes() -> None:
     expected = {
         "matmul": Shapes((1, 5, 16), (1, 5, 24)),

@@ -125,6 +125,12 @@ def test_kinds_are_read_off_the_graph(body: str, kind: Kind) -> None:
     assert output_kinds(parse(f"g (float[N, 4] x) => (float[N, 4] y) {{ {body} }}")) == (kind,)
 
 
+def test_outputs_that_are_no_tensors_are_refused() -> None:
+    proto = parse("g (float[N, 4] x) => (seq(float[N, 4]) y) { y = SequenceConstruct (x, x) }")
+    with pytest.raises(InputError, match=r"output 'y' has type sequence, but only tensors can be compared"):
+        output_kinds(proto)
+
+
 def test_an_output_called_logits_holds_logits() -> None:
     proto = parse(
         "g (float[N, 4] x) => (float[N, 4] logits, float[N, 4] other) { logits = Gemm (x, w) other = Relu (x) }", {"w": normal(1, 4, 4)}

@@ -221,3 +221,16 @@ def test_building_leaves_the_job_as_it_was() -> None:
     before = job.model.proto.SerializeToString(deterministic=True)
     solve_and_build(job, menu, Request(size=0.2))
     assert job.model.proto.SerializeToString(deterministic=True) == before
+
+
+def test_a_weight_that_is_not_finite_does_not_keep_the_others_from_shrinking() -> None:
+    broken = normal(1, 16, 24)
+    broken[0, 0] = np.inf
+    proto = parse(
+        "g (float[N, 16] x) => (float[N, 24] y) { h = MatMul (x, w) z = Sigmoid (h) y = MatMul (z, v) }",
+        {"w": broken, "v": normal(2, 24, 24)},
+    )
+    job = open_job(proto, {"x": normal(3, 20, 16)}, Settings())
+    outcome = compress_job(job, Request(size=0.9))
+    assert set(outcome.plan.forms) == {"v"}
+    assert [skip.name for skip in job.sites.skipped] == ["w"]

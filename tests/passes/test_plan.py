@@ -89,6 +89,22 @@ def test_nothing_changes_when_nothing_must() -> None:
     assert (plan.divergence, plan.size_bytes) == (0.0, 13_000)
 
 
+def test_the_gentlest_of_the_fastest_choices_is_taken() -> None:
+    plan = choose(menu(), Budget(None, None, None, "latency"))
+    assert set(plan.forms.values()) == {LOW}  # as fast as `BOTH`, and less harmful
+    assert choose(menu(), Budget(2000.0, None, None, "latency")).forms["second/w"] == BOTH
+    assert plan.solution is not None
+    assert plan.solution.objective == pytest.approx(plan.latency_s)
+
+
+def test_a_model_without_weights_keeps_every_budget_that_it_keeps_already() -> None:
+    empty = Menu("ab" * 32, {}, Cost(1000, 0.01, 0.0), {}, "kl_nats")
+    plan = choose(empty, Budget(1000.0, None, 0.1, "size"))
+    assert (plan.forms, plan.size_bytes, plan.divergence) == ({}, 1000, 0.0)
+    with pytest.raises(InfeasibleError, match=r"nearest feasible: --size 1000B; no weight of this model may change"):
+        choose(empty, Budget(999.0, None, None, "error"))
+
+
 def test_corrections_scale_the_predictions() -> None:
     budget = Budget(None, None, 0.011, "size")
     assert choose(menu(), budget).forms["second/w"] == INT8

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from intaglio.passes.load import load
-from intaglio.passes.sites import MIN_ELEMENTS, Sites, find_sites
+from intaglio.passes.sites import MIN_ELEMENTS, Sites, find_sites, without_broken
 from tests.models import CASES, Array, normal, parse, run, site_of
 
 W = normal(1, 16, 24)
@@ -291,3 +291,13 @@ def test_weights_of_functions_are_listed_and_arguments_keep_the_name_of_the_call
 def test_skips_count_their_bytes() -> None:
     (skip,) = find(parse("g (float[24] x) => (float[16, 24] y) { y = Add (x, w) }", {"w": W})).skipped
     assert (skip.size_bytes, skip.shape) == (W.nbytes, W.shape)
+
+
+@pytest.mark.parametrize("values", [[np.nan], [np.inf], [np.inf, -np.inf]])
+def test_weights_that_are_not_finite_are_left_alone(values: list[float]) -> None:
+    broken, huge = W.copy(), np.full((24, 24), np.finfo(np.float32).max, np.float32)
+    broken[0, : len(values)] = values
+    model = load(parse(f"{HEAD} {{ h = MatMul (x, w) y = MatMul (h, v) }}", {"w": broken, "v": huge}))
+    kept = without_broken(model, find_sites(model))
+    assert [site.name for site in kept] == ["v"]
+    assert [(skip.name, skip.reason, skip.size_bytes) for skip in kept.skipped] == [("w", "it holds NaN or infinite values", W.nbytes)]
