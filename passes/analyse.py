@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from intaglio.ops.moment import Moment
 from intaglio.solver import Cost
@@ -20,7 +22,8 @@ from .options import Progress, silent
 from .parallel import in_parallel, workers
 from .plan import Candidate, Menu
 from .price import LatencyPricer, SizePricer
-from .propose import Proposal, propose
+from .propose import Allowed, Proposal, propose
+from .recall import Finding, Findings
 from .sensitivity import Curve, Probe, Sensitivity
 from .session import open_session
 from .sites import Site
@@ -41,7 +44,7 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
 
     Args:
         job: from `open_job`.
-        cache: of latencies.
+        cache: of latencies, and of what was found out about each site.
         latency: whether forms are timed; without, only those that no other form beats in size and divergence are.
         progress: shows how far the analysis is.
     """
@@ -49,29 +52,39 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
     sizes = job.sizes()
     target = TARGETS[settings.target]
     allowed = target.allowed(settings.decompositions, settings.storages)
-    rng = np.random.default_rng(settings.seed)
+    findings = _find(job, allowed, Findings(job, allowed, cache), progress)
+    with job.clock.phase("price"):
+        timer, base_s = _timer(job, cache, latency)
+        candidates = {
+            site.name: _priced(site, findings[site.name], sizes, timer, latency)
+            for site in progress(job.sites.sites, "Timing", len(job.sites))
+        }
+    unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
+    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), sizes.shared, unit)
+
+
+def _find(job: Job, allowed: Allowed, known: Findings, progress: Progress) -> dict[str, Finding]:
+    """The finding of every site: as known, or made and noted at once, so that an interrupted analysis goes on where it stopped."""
+    found = {site.name: finding for site in job.sites if (finding := known.get(site.name)) is not None}
+    wanted = [site for site in job.sites if site.name not in found]
+    if not wanted:
+        return found
+    rng = np.random.default_rng(job.settings.seed)
     count = min(PROBE_SAMPLES, len(job.splits.fit))
     probe = Probe(job.model, job.kinds, job.data, np.sort(rng.choice(job.splits.fit, count, replace=False)), job.calibration)
-    proposals: dict[str, tuple[Proposal, ...]] = {}
-    curves: dict[str, Sensitivity] = {}
 
     def look(measured: tuple[Site, Moment]) -> tuple[Site, Moment, tuple[Proposal, ...]]:
         site, moment = measured
         with job.clock.phase("propose"):
             return site, moment, propose(site, site.value(job.model), moment, allowed)[0]
 
-    for site, moment, found in progress(in_parallel(look, measured_sites(job), workers(job.sites)), "Analysing", len(job.sites)):
-        proposals[site.name] = found
+    looked = in_parallel(look, measured_sites(job, wanted), workers(wanted))
+    for site, moment, proposals in progress(looked, "Analysing", len(wanted)):
         with job.clock.phase("price"):
-            curves[site.name] = _sensitivity(site, site.value(job.model), moment, found, probe)
-    with job.clock.phase("price"):
-        timer, base_s = _timer(job, cache, latency)
-        candidates = {
-            site.name: _priced(site, proposals[site.name], curves[site.name], sizes, timer, latency)
-            for site in progress(job.sites.sites, "Timing", len(job.sites))
-        }
-    unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
-    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), sizes.shared, unit)
+            curves = _sensitivity(site, site.value(job.model), moment, proposals, probe)
+        found[site.name] = Finding(proposals, curves)
+        known.put(site.name, found[site.name])
+    return found
 
 
 def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None, float]:
@@ -85,22 +98,28 @@ def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None,
     return timer, timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
 
 
-def measured_sites(job: Job) -> Iterator[tuple[Site, Moment]]:
-    """Every site with the second moment of its input."""
+def measured_sites(job: Job, wanted: Sequence[Site] | None = None) -> Iterator[tuple[Site, Moment]]:
+    """Every site with the second moment of its input; or the wanted ones, whose moments do not depend on which others are wanted."""
+    wanted = job.sites.sites if wanted is None else wanted
     for sites in moment_parts(job.sites.sites):
+        if not any(site in wanted for site in sites):
+            continue
         with job.clock.phase("calibrate"):
             moments = calibrate(job.model, sites, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
         for site in sites:
-            yield site, moments[site.name]
+            if site in wanted:
+                yield site, moments[site.name]
 
 
-def _sensitivity(site: Site, value: np.ndarray, moment: Moment, proposals: Sequence[Proposal], probe: Probe) -> Sensitivity:
-    """Measure a site's curves on a few trial forms."""
+def _sensitivity(site: Site, value: NDArray[Any], moment: Moment, proposals: Sequence[Proposal], probe: Probe) -> Sensitivity:
+    """Measure a site's curves on a few trial forms: for rounding the coarsest storage, or the coarsest whose outputs are finite."""
     rounding: list[tuple[float, float]] = []
     dense = [p for p in proposals if p.form.decomposition == "dense" and p.rounding > 1e-6]
-    for proposal in sorted(dense, key=lambda p: -p.rounding)[:1]:
+    for proposal in sorted(dense, key=lambda p: -p.rounding):
         _, weight = pack(site, proposal.form, value, moment)
         rounding.append((proposal.rounding, probe.replaced(site, site.stored(weight))))
+        if np.isfinite(rounding[-1][1]):
+            break
     truncation: list[tuple[float, float]] = []
     lowrank = [p for p in proposals if p.form.storage == "float" and p.form.execution == "dense" and p.form.ranks and p.truncation > 0]
     if probe.segmented and rounding:
@@ -113,12 +132,10 @@ def _sensitivity(site: Site, value: np.ndarray, moment: Moment, proposals: Seque
     return Sensitivity(Curve.through(rounding or truncation), Curve.through(truncation or rounding))
 
 
-def _priced(
-    site: Site, proposals: Sequence[Proposal], curves: Sensitivity, sizes: SizePricer, timer: LatencyPricer | None, latency: bool
-) -> tuple[Candidate, ...]:
+def _priced(site: Site, finding: Finding, sizes: SizePricer, timer: LatencyPricer | None, latency: bool) -> tuple[Candidate, ...]:
     """Sizes and divergences of all forms, latencies of those that may matter."""
-    rows = []
-    for proposal in proposals:
+    rows, curves = [], finding.curves
+    for proposal in finding.proposals:
         size = sizes.price(site, proposal.form)
         divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
         rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, proposal.truncation + proposal.rounding, size.shared))

@@ -1,4 +1,4 @@
-"""What was expensive to find out, kept on disk: latencies, statistics, spectra, plans.
+"""What was expensive to find out, kept on disk: latencies, and what the analysis of each weight found.
 
 One SQLite file in the user's cache folder, shared by any number of threads and processes. An entry is found by a namespace
 and a key; the key has to name everything that the value depends on (see `digest`), so entries never need invalidating.
@@ -20,9 +20,10 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -74,19 +75,19 @@ class Cache:
         """Store a JSON value, in place of an earlier one."""
         self._put(_JSON, namespace, key, json.dumps(value).encode())
 
-    def get_array(self, namespace: str, key: str) -> np.ndarray | None:
+    def get_array(self, namespace: str, key: str) -> NDArray[Any] | None:
         """Return the array that `put_array` stored, or None when there is none (any more)."""
         data = self._get(_ARRAYS, namespace, key)
         if data is None:
             return None
         try:
-            array: np.ndarray = np.load(io.BytesIO(data), allow_pickle=False)
+            array: NDArray[Any] = np.load(io.BytesIO(data), allow_pickle=False)
         except (ValueError, EOFError, OSError):
             self._warn_damaged(namespace)
             return None
         return array
 
-    def put_array(self, namespace: str, key: str, array: np.ndarray) -> None:
+    def put_array(self, namespace: str, key: str, array: NDArray[Any]) -> None:
         """Store an array of one of numpy's own number types, in place of an earlier one; one above 512 MB is not kept.
 
         Raises:

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, helper
 
 from intaglio.ops.emit import Emitter, Target
@@ -81,7 +83,7 @@ def calibrate(
     sites: Sequence[Site],
     shapes: Mapping[str, Shapes],
     data: Dataset,
-    indices: np.ndarray,
+    indices: NDArray[Any],
     runtime: Runtime,
     *,
     seed: int = 0,
@@ -131,7 +133,7 @@ def _calibrate_part(
     sites: Sequence[Site],
     shapes: Mapping[str, Shapes],
     data: Dataset,
-    indices: np.ndarray,
+    indices: NDArray[Any],
     runtime: Runtime,
     seed: int,
 ) -> dict[str, Moment]:
@@ -170,7 +172,7 @@ def _calibrate_part(
         memory_limit_bytes=runtime.memory_limit_bytes,
     )
     views = {keys[site.name]: site.use.view for site in sites}
-    sums: dict[tuple[object, ...], np.ndarray] = {}
+    sums: dict[tuple[object, ...], NDArray[Any]] = {}
     counts = dict.fromkeys(grams, 0)
     for values in executor.run(feed for feed, _ in data.feeds(indices, runtime.batch)):
         for key, total, size in zip(grams, values[::2], values[1::2], strict=True):

@@ -37,7 +37,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,7 @@ from onnx import numpy_helper
 
 from .errors import InputError
 
-Feed = dict[str, np.ndarray]
+Feed = dict[str, npt.NDArray[Any]]
 """One call of the model: input name → array."""
 
 Source = str | os.PathLike[str] | Mapping[str, npt.ArrayLike] | Iterable[Mapping[str, npt.ArrayLike]]
@@ -65,7 +65,7 @@ class InputSpec:
     """What the model declares about one input; a name or None in `shape` is a dynamic axis."""
 
     name: str
-    dtype: np.dtype
+    dtype: np.dtype[Any]
     shape: tuple[int | str | None, ...]
 
 
@@ -73,9 +73,9 @@ class InputSpec:
 class Splits:
     """Disjoint sample indices, int64, ascending: `fit` gives statistics, `choose` decisions, `verify` the verdict."""
 
-    fit: np.ndarray
-    choose: np.ndarray
-    verify: np.ndarray
+    fit: npt.NDArray[Any]
+    choose: npt.NDArray[Any]
+    verify: npt.NDArray[Any]
 
 
 class _Rows(Protocol):
@@ -122,7 +122,7 @@ class Dataset:
     rows: _Rows
     per_feed: int | None
     trims: tuple[_Trim, ...] = ()
-    label_values: np.ndarray | None = None
+    label_values: npt.NDArray[Any] | None = None
     synthetic: bool = False
 
     def __len__(self) -> int:
@@ -139,11 +139,11 @@ class Dataset:
                 digest.update(repr(array.tolist()).encode() if array.dtype.kind == "O" else array.tobytes())
         return digest.hexdigest()
 
-    def labels(self, indices: np.ndarray) -> np.ndarray | None:
+    def labels(self, indices: npt.NDArray[Any]) -> npt.NDArray[Any] | None:
         """The labels of these samples, (len(indices), ...); None without labels."""
         return None if self.label_values is None else self.label_values[indices]
 
-    def feeds(self, indices: np.ndarray, batch: int = 32) -> Iterator[tuple[Feed, np.ndarray]]:
+    def feeds(self, indices: npt.NDArray[Any], batch: int = 32) -> Iterator[tuple[Feed, npt.NDArray[Any]]]:
         """Feed the samples at `indices`, in that order or, where padding is trimmed, from short to long.
 
         Args:
@@ -348,7 +348,7 @@ class _ColumnRows:
         return {name: array[row, ...] if array.ndim else array for name, array in self.columns.items()}
 
 
-def _labels(arrays: Mapping[str, npt.ArrayLike], present: Collection[str], key: str, count: int, where: str) -> np.ndarray:
+def _labels(arrays: Mapping[str, npt.ArrayLike], present: Collection[str], key: str, count: int, where: str) -> npt.NDArray[Any]:
     _require([key], present, where)
     values = np.asarray(arrays[key])
     if values.ndim == 0 or len(values) != count:
@@ -410,7 +410,7 @@ def _read_folder(path: Path, inputs: Sequence[InputSpec]) -> Iterator[Feed]:
         yield {spec.name: _read_tensor(folder / f"input_{number}.pb", spec) for number, spec in enumerate(inputs)}
 
 
-def _read_tensor(path: Path, spec: InputSpec) -> np.ndarray:
+def _read_tensor(path: Path, spec: InputSpec) -> npt.NDArray[Any]:
     try:
         tensor = onnx.TensorProto.FromString(path.read_bytes())
         if tensor.data_location == onnx.TensorProto.EXTERNAL or tensor.external_data:
@@ -462,7 +462,7 @@ def _random(inputs: Sequence[InputSpec], seed: int) -> Dataset:
     return Dataset(rows, _per_feed(rows, inputs), synthetic=True)
 
 
-def _noise(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+def _noise(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) -> npt.NDArray[Any]:
     if _kind(spec.dtype) == "float":
         return np.asarray(rng.standard_normal(shape, dtype=np.float32)).astype(spec.dtype)
     if "attention_mask" in spec.name:
@@ -473,7 +473,7 @@ def _noise(spec: InputSpec, shape: tuple[int, ...], rng: np.random.Generator) ->
 # Arrays
 
 
-def _conform(value: npt.ArrayLike, spec: InputSpec, where: str) -> np.ndarray:
+def _conform(value: npt.ArrayLike, spec: InputSpec, where: str) -> npt.NDArray[Any]:
     """The value as an array of the declared type; finite if of floats. Its shape is the caller's to check."""
     try:
         array = np.asarray(value)
@@ -497,7 +497,7 @@ def _conform(value: npt.ArrayLike, spec: InputSpec, where: str) -> np.ndarray:
     return cast
 
 
-def _kind(dtype: np.dtype) -> str:
+def _kind(dtype: np.dtype[Any]) -> str:
     """What a type holds; casts stay within a kind. The extension types of ml_dtypes say so only through what they cast to."""
     kinds = {"b": "bool", "i": "integer", "u": "integer", "f": "float", "U": "string", "O": "string"}
     if dtype.kind == "V" and np.can_cast(dtype, np.int64):

@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, shape_inference
 
 from .errors import InputError
@@ -81,7 +82,7 @@ class Executor:
         """How many sessions one run takes; 0 when every fetched value is an input or an initializer."""
         return len(self._segments)
 
-    def run(self, feeds: Iterable[Mapping[str, np.ndarray]]) -> Iterator[list[np.ndarray]]:
+    def run(self, feeds: Iterable[Mapping[str, NDArray[Any]]]) -> Iterator[list[NDArray[Any]]]:
         """Yield the fetched values of each feed, in the order of the feeds and of `fetches`.
 
         A model in one piece streams; one in several reads all feeds before it yields the first result. A fed array
@@ -108,11 +109,11 @@ class Executor:
             yield [self._fetch(name, state) for name in self._fetches]
             state.clear()
 
-    def run_feed(self, feed: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def run_feed(self, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
         """Return the fetched values of one feed; see `run`."""
         return next(self.run([feed]))
 
-    def _start(self, feed: Mapping[str, np.ndarray]) -> _State:
+    def _start(self, feed: Mapping[str, NDArray[Any]]) -> _State:
         return {name: to_value(array) for name, array in feed.items() if name in self._graph.inputs}
 
     def _advance(self, segment: _Segment, states: Sequence[_State], kinds: Mapping[str, str]) -> dict[str, str]:
@@ -122,7 +123,7 @@ class Executor:
             _step(session, segment, state)
         return dict(zip(session.outputs, session.output_types, strict=True))
 
-    def _fetch(self, name: str, state: _State) -> np.ndarray:
+    def _fetch(self, name: str, state: _State) -> NDArray[Any]:
         if name in state:
             return to_array(state[name])
         if name in self._graph.initializers:

@@ -17,9 +17,11 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from .cache import Cache, Json, digest
@@ -50,7 +52,7 @@ class Timing:
 
     median_s: float
     minimum_s: float
-    samples_s: np.ndarray
+    samples_s: NDArray[Any]
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def measure(
 def compare_models(
     reference: Session | onnx.ModelProto | Path,
     candidate: Session | onnx.ModelProto | Path,
-    feed: Mapping[str, np.ndarray],
+    feed: Mapping[str, NDArray[Any]],
     *,
     threads: int = 1,
     providers: Sequence[str] = (CPU,),
@@ -213,7 +215,7 @@ class MicroBench:
 
 def random_feed(
     model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]], *, index_limit: int = 2, seed: int = 0
-) -> dict[str, np.ndarray]:
+) -> dict[str, NDArray[Any]]:
     """Draw arrays for the inputs of a model.
 
     Args:

@@ -39,6 +39,10 @@ LOOSE = 0.85
 """A plan that uses less of an error or latency budget than this is worth another round."""
 
 
+FARTHEST_OFF = 1e6
+"""Most that a prediction is corrected by in a round; outputs that are not finite are infinitely far off."""
+
+
 @dataclass(frozen=True, eq=False)
 class Outcome:
     """A compressed model with what was predicted and what was measured.
@@ -98,7 +102,7 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
         attempt = _Attempt(plan, model, measured)
         if best is None or attempt.better_than(best, budget):
             best = attempt
-        off = measured / plan.divergence if plan.divergence > 0 else 1.0
+        off = min(measured / plan.divergence, FARTHEST_OFF) if plan.divergence > 0 else 1.0
         correction = replace(plan.correction, divergence=plan.correction.divergence * off)
         if budget.divergence is None or budget.divergence * LOOSE <= measured <= budget.divergence * SLACK:
             break

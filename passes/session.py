@@ -23,6 +23,7 @@ import ml_dtypes
 import numpy as np
 import onnx
 from google.protobuf.message import EncodeError
+from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -116,7 +117,7 @@ class Session:
             raise InputError(f"{self.label} fails when run: {_one_line(error)}; check the data against its inputs") from error
         return results
 
-    def bind(self, feed: Mapping[str, np.ndarray]) -> Callable[[], object]:
+    def bind(self, feed: Mapping[str, NDArray[Any]]) -> Callable[[], object]:
         """Return a function that runs the model on `feed` with as little overhead as there is, for timing.
 
         Runs once, to find out whether the feed fits.
@@ -216,7 +217,7 @@ def check_providers(providers: Sequence[str]) -> None:
             )
 
 
-def to_value(array: np.ndarray) -> Value:
+def to_value(array: NDArray[Any]) -> Value:
     """Wrap an array for a session without copying it where its memory is contiguous; strings stay arrays.
 
     Raises:
@@ -233,7 +234,7 @@ def to_value(array: np.ndarray) -> Value:
     return ort.OrtValue.ortvalue_from_numpy(array)
 
 
-def to_array(value: Value) -> np.ndarray:
+def to_array(value: Value) -> NDArray[Any]:
     """Copy a session's result into an array, bfloat16 included.
 
     Raises:
@@ -245,7 +246,7 @@ def to_array(value: Value) -> np.ndarray:
     if kind == "tensor(bfloat16)":
         count = math.prod(value.shape())
         bits = (ctypes.c_uint16 * count).from_address(value.data_ptr()) if count else ()
-        halves: np.ndarray = np.array(bits, np.uint16).view(ml_dtypes.bfloat16)
+        halves: NDArray[Any] = np.array(bits, np.uint16).view(ml_dtypes.bfloat16)
         return halves.reshape(value.shape())
     if not kind.startswith("tensor("):
         raise InputError(f"a value of type {kind} is no array; fetch a tensor instead")
@@ -255,7 +256,7 @@ def to_array(value: Value) -> np.ndarray:
         raise InputError(f"a value of type {kind} has no array form; fetch a tensor of a whole-byte type instead") from error
 
 
-def read_tensor(tensor: TensorProto, weights: WeightStore | None) -> np.ndarray:
+def read_tensor(tensor: TensorProto, weights: WeightStore | None) -> NDArray[Any]:
     """Return the contents of a tensor.
 
     Raises:
@@ -265,7 +266,7 @@ def read_tensor(tensor: TensorProto, weights: WeightStore | None) -> np.ndarray:
         return weights.read(tensor)
     if is_external(tensor):
         raise InputError(f"tensor {tensor.name!r} has external data, but its folder is unknown; load the model from its file")
-    array: np.ndarray = numpy_helper.to_array(tensor)
+    array: NDArray[Any] = numpy_helper.to_array(tensor)
     return array
 
 

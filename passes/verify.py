@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
+from numpy.typing import NDArray
 
 from .data import Dataset, input_specs
 from .divergence import Divergence, output_kinds
@@ -57,7 +58,7 @@ def compare(
     reference: Model,
     candidate: Model,
     data: Dataset,
-    indices: np.ndarray,
+    indices: NDArray[Any],
     runtime: Runtime,
     *,
     kind: str = "auto",

@@ -106,7 +106,7 @@ CacheFolder = Annotated[
     typer.Option(
         "--cache",
         metavar="DIR",
-        help="Where measured latencies are kept.  [default: the user's cache folder]",
+        help="Where measurements are kept.  [default: the user's cache folder]",
         rich_help_panel=_HOW,
     ),
 ]

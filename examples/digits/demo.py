@@ -52,7 +52,7 @@ def intaglio(*arguments: str | Path, stdout: int | None = None) -> str:
     """
     shown = [os.path.relpath(argument) if isinstance(argument, Path) else argument for argument in arguments]
     Console().print("$ intaglio", *shown, highlight=False, markup=False, soft_wrap=True)
-    done = subprocess.run([sys.executable, "-m", "intaglio", *arguments], stdout=stdout, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "intaglio", *shown], stdout=stdout, text=True, check=False)
     if done.returncode != 0:
         sys.exit(done.returncode)
     return done.stdout or ""

@@ -49,7 +49,7 @@ def pull(outputs: Float64, image: Float64, rank: int) -> Float64:
     """The adjoint of `compose` in V: (m, n) → (r, inner)."""
     m = len(outputs)
     folded = outputs.reshape(m, rank, -1)
-    return np.tensordot(folded, image.reshape(m, -1, folded.shape[2]), axes=((0, 2), (0, 2)))
+    return np.asarray(np.tensordot(folded, image.reshape(m, -1, folded.shape[2]), axes=((0, 2), (0, 2))), np.float64)
 
 
 def start(weight: Float64, metric: Float64, inner: int, rank: int) -> Float64:

@@ -39,4 +39,4 @@ def balance(first: Float64, last: Float64) -> Float64:
         last: norms of the last factor's components, of the same shape.
     """
     both = (first > 0) & (last > 0)
-    return np.sqrt(np.divide(last, first, out=np.ones_like(first), where=both))
+    return np.asarray(np.sqrt(np.divide(last, first, out=np.ones_like(first), where=both)))

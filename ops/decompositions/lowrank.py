@@ -138,18 +138,20 @@ def factorize(weight: Float64, moment: Moment, rank: int) -> tuple[Float64, Floa
     """
     m, n = weight.shape[1:]
     if m <= n:
-        last = _leading(moment.output_gram(weight), rank)
+        last = _leading(moment.output_gram(weight), rank).copy()
         first = last.transpose(0, 2, 1) @ weight
     else:
         roots = _roots(moment)
         right = _leading(_input_gram(weight, roots), rank)
-        last = _times_root(weight, roots) @ right
         if moment.diagonal:
+            last = weight @ (roots[:, :, None] * right)
             first = (right / roots[:, :, None]).transpose(0, 2, 1)
         else:
+            last = weight @ (roots @ right)
             first = np.stack([solve_lower(root, part, transposed=True).T for root, part in zip(roots, right, strict=True)])
     scale = balance(np.linalg.norm(first, axis=2), np.linalg.norm(last, axis=1))
-    return first * scale[:, :, None], last / scale[:, None, :]
+    last /= scale[:, None, :]
+    return first * scale[:, :, None], last
 
 
 def _leading(gram: Float64, rank: int) -> Float64:
@@ -164,14 +166,13 @@ def _roots(moment: Moment) -> Float64:
     return np.stack([lower_root(matrix) for matrix in moment.matrix])
 
 
-def _times_root(weight: Float64, roots: Float64) -> Float64:
-    return np.asarray(weight * roots[:, None, :] if roots.ndim == 2 else weight @ roots)
-
-
 def _input_gram(weight: Float64, roots: Float64) -> Float64:
-    """A½ᵀ Wᵀ W A½, (groups, n, n)."""
-    half = _times_root(weight, roots)
-    return np.asarray(half.transpose(0, 2, 1) @ half)
+    """A½ᵀ Wᵀ W A½, (groups, n, n); nothing as large as the weight is allocated."""
+    gram = weight.transpose(0, 2, 1) @ weight
+    if roots.ndim == 2:
+        return np.asarray(roots[:, :, None] * gram * roots[:, None, :])
+    gram = roots.transpose(0, 2, 1) @ gram @ roots
+    return np.asarray(0.5 * (gram + gram.transpose(0, 2, 1)))
 
 
 LOW_RANK = LowRank("lowrank", "contract")

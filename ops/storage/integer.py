@@ -201,7 +201,7 @@ class Int4:
         """(q − 8)·scale in float32, then the model's type."""
         q, scale = np.asarray(packed[0], np.uint8), np.asarray(packed[1], np.float32)
         u = np.concatenate([q & 15, q >> 4], axis=_plane_axis(spec.shape) or 0)
-        return ((u.astype(np.float32) - 8) * scale).astype(spec.dtype)
+        return np.asarray((u.astype(np.float32) - 8) * scale, spec.dtype)
 
     def emit(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, output: str | None = None) -> str:
         """Two initializers and one program call."""

@@ -29,7 +29,7 @@ from intaglio.passes.graph import all_names
 from intaglio.passes.load import OLDEST_OPSET, newest_opset
 from intaglio.passes.model import Model
 from intaglio.passes.rewrite import OPTIONAL_INPUT_IR, declines, fragment, rewrite
-from intaglio.passes.session import open_session
+from intaglio.passes.session import open_session, to_array
 from intaglio.passes.sites import Site, opset
 
 Array = np.ndarray
@@ -154,7 +154,7 @@ def _keep(entries: MutableSequence[Any], wanted: Sequence[bool]) -> None:
 def run(model: Model, proto: ModelProto, feed: Feed, *, optimize: bool, threads: int = 1) -> list[Array]:
     """Outputs of `proto`, whose weights `model` holds, under ONNX Runtime."""
     session = open_session(proto, weights=model.weights, optimize=optimize, threads=threads)
-    return [np.asarray(output) for output in session.run(session.outputs, feed)]
+    return [to_array(output) for output in session.run(session.outputs, feed)]
 
 
 def full_rank_forms(site: Site, storages: Sequence[str]) -> tuple[list[Form], list[str]]:

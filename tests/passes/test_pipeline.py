@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build
 from intaglio.passes.plan import Menu, read_plan, to_json
 from intaglio.passes.save import save
+from intaglio.passes.verify import compare
 from tests.models import CASES, Array, classifier, normal, parse, run
 from tests.passes.test_sites import nested
 
@@ -234,3 +236,34 @@ def test_a_weight_that_is_not_finite_does_not_keep_the_others_from_shrinking() -
     outcome = compress_job(job, Request(size=0.9))
     assert set(outcome.plan.forms) == {"v"}
     assert [skip.name for skip in job.sites.skipped] == ["w"]
+
+
+def overflowing() -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """A model whose outputs come close to the largest float32, e^88.7, on every sample: a coarse weight makes some infinite."""
+    x, w = normal(1, 60, 32), normal(2, 32, 48)
+    proto = parse(
+        "g (float[N, 32] x) => (float[N, 48] y) { h = MatMul (x, w) y = Exp (h) }",
+        {"w": w},
+    )
+    return proto, {"x": x * np.float32(88) / (x @ w).max(1, keepdims=True)}
+
+
+def test_a_trial_whose_outputs_overflow_does_not_rule_out_finer_forms() -> None:
+    menu = analyse(open_job(*overflowing(), Settings()), Cache(None), latency=False)
+    storages = {c.form.storage for c in menu.candidates["w"] if c.form.decomposition == "dense"}
+    assert "fp16" in storages
+    assert "int4" not in storages
+    assert all(np.isfinite(c.divergence) for c in menu.candidates["w"])
+
+
+def test_outputs_that_overflow_lead_to_another_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the first plan makes of the choose split is infinitely far off, and the next plan is better."""
+    job, menu = analysed()
+    first = iter([float("inf")])
+
+    def overflowing_once(*args: object, **options: object) -> object:
+        found = compare(*args, **options)  # type: ignore[arg-type]
+        return replace(found, divergence=next(first, found.divergence))
+
+    monkeypatch.setattr("intaglio.passes.pipeline.compare", overflowing_once)
+    assert solve_and_build(job, menu, Request(error=0.05)).comparison.divergence <= 0.05
