@@ -56,6 +56,20 @@ class Moment:
             matrix[:, index, index] += shift
         return Moment(matrix, self.rows)
 
+    def shrunk(self) -> Moment:
+        """(1 − λ)·A + λ·mean(diag A)·I with λ = 0.1·n / (0.1·n + rows): as much of the identity as few rows leave in doubt.
+
+        A moment of fewer rows than inputs has directions without any energy, in which errors would look free. Diagonals and priors stay.
+        """
+        if self.diagonal or self.rows == 0:
+            return self
+        n = self.matrix.shape[1]
+        share = 0.1 * n / (0.1 * n + self.rows)
+        matrix = (1 - share) * self.matrix
+        index = np.arange(n)
+        matrix[:, index, index] += share * self.diag.mean(1, keepdims=True)
+        return Moment(matrix, self.rows)
+
     def times(self, weight: Float64) -> Float64:
         """W·A for W of shape (groups, k, n)."""
         return np.asarray(weight * self.matrix[:, None, :] if self.diagonal else weight @ self.matrix)

@@ -74,7 +74,7 @@ def _find(job: Job, allowed: Allowed, known: Findings, progress: Progress) -> di
     probe = Probe(job.model, job.kinds, job.data, np.sort(rng.choice(job.splits.fit, count, replace=False)), job.calibration)
 
     def look(measured: tuple[Site, Moment]) -> tuple[Site, Moment, tuple[Proposal, ...]]:
-        site, moment = measured
+        site, moment = measured[0], measured[1].shrunk()
         with job.clock.phase("propose"):
             return site, moment, propose(site, site.value(job.model), moment, allowed)[0]
 

@@ -56,7 +56,7 @@ def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -
 def _fitted(job: Job, forms: Mapping[str, Form], moments: Mapping[str, Moment], taken: frozenset[str], site: Site) -> Fragment:
     """Fit one site; its arrays go to the model's spool, if that has one, and not into memory."""
     value, form = site.value(job.model), forms[site.name]
-    arrays, _ = store(site, form, value, site.matrix(value), moments[site.name])
+    arrays, _ = store(site, form, value, site.matrix(value), moments[site.name].shrunk())
     return spooled(fragment(site, form, arrays, job.model.proto, taken), job.model.weights)
 
 

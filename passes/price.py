@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
+import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from intaglio.ops.emit import DOMAIN, Array, Spec, onnx_type, spec_of
+from intaglio.ops.emit import DOMAIN, Array, Spec, spec_of
 from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import UNCHANGED, Form
 
@@ -232,13 +234,13 @@ class LatencyPricer:
         node.CopyFrom(use.node)
         value, _ = FAMILIES[use.key].activation(use)
         weight = use.node.input[use.index]
-        initializers = []
+        constants: dict[str, NDArray[Any]] = {}
         others: dict[str, Spec] = {}
         for index, name in enumerate(node.input):
             if name in ("", value, weight):
                 continue
             if name in self._small:
-                initializers.append(self._small[name])
+                constants[name] = numpy_helper.to_array(self._small[name])
             elif name in self._large:
                 others[name] = self._large[name]
             elif index > 0:
@@ -254,20 +256,40 @@ class LatencyPricer:
             part = fragment(_single(site, twin), form, ghosts(site, form), self._proto, frozenset())
             nodes = [*part.weights, *(n for nodes in part.replacements for n in nodes)]
             arrays = {name: Spec(tuple(array.shape), array.dtype) for name, array in part.initializers.items()}
-        initializers += [numpy_helper.from_array(noise(spec, rng), name) for name, spec in (others | arrays).items()]
-        kind = TensorProto.INT64 if site.op_type == "Gather" else onnx_type(site.uses[0].dtype)
-        for each in nodes:
-            for index, name in enumerate(each.input):
-                if name == value:
-                    each.input[index] = "x"
-        graph = helper.make_graph(
-            nodes,
-            "micro",
-            [helper.make_tensor_value_info("x", kind, None)],
-            [helper.make_empty_tensor_value_info(output)],
-            initializers,
+        constants |= {name: noise(spec, rng) for name, spec in (others | arrays).items()}
+        dtype = np.dtype(np.int64) if site.op_type == "Gather" else site.uses[0].dtype
+        return self._assemble(nodes, value, dtype, constants, output)
+
+    def _assemble(
+        self, nodes: Sequence[NodeProto], source: str, dtype: np.dtype[Any], constants: Mapping[str, NDArray[Any]], output: str
+    ) -> ModelProto:
+        """A model of these nodes that reads the value `source` as its input x and yields `output`."""
+        tensors: dict[str, gs.Tensor] = {name: gs.Constant(name, array) for name, array in constants.items()}
+        tensors |= {source: gs.Variable("x", dtype), "": gs.Variable.empty()}
+
+        def named(names: Sequence[str]) -> list[gs.Tensor]:
+            return [tensors.setdefault(name, gs.Variable(name)) for name in names]
+
+        graph = gs.Graph(
+            [
+                gs.Node(
+                    node.op_type,
+                    node.name,
+                    {a.name: helper.get_attribute_value(a) for a in node.attribute},
+                    named(node.input),
+                    named(node.output),
+                    node.domain or None,
+                )
+                for node in nodes
+            ],
+            inputs=named([source]),
+            outputs=named([output]),
+            opset=opset(self._proto),
+            import_domains=list(self._proto.opset_import),
         )
-        return helper.make_model(graph, opset_imports=list(self._proto.opset_import), ir_version=max(4, self._proto.ir_version))
+        model: ModelProto = gs.export_onnx(graph, do_type_check=False)
+        model.ir_version = max(4, self._proto.ir_version)
+        return model
 
 
 def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:

@@ -134,7 +134,7 @@ class Session:
             binding.bind_ortvalue_input(name, value)
         for name in self.outputs:
             binding.bind_output(name)
-        return functools.partial(self._handle.run_with_iobinding, binding)
+        return functools.partial(_run_bound, self._handle, binding, values)
 
     def _feed(self, values: Mapping[str, Value]) -> dict[str, Value]:
         missing = [name for name in self.inputs if name not in values]
@@ -144,6 +144,11 @@ class Session:
                 f"add an array of that name"
             )
         return {name: values[name] for name in (*self.inputs, *self.defaulted_inputs) if name in values}
+
+
+def _run_bound(handle: Any, binding: Any, values: Mapping[str, Value]) -> None:
+    """Run on what is bound; `values` are only held, because not every version of ONNX Runtime keeps what is bound to it."""
+    handle.run_with_iobinding(binding)
 
 
 def open_session(

@@ -377,14 +377,25 @@ def _relax(program: _Program, deadline_s: float) -> _Multipliers | None:
     """Multipliers of the linear relaxation; None when it is infeasible. Zeros when time is up."""
     primary = program.costs[program.minimized]
     x = cp.Variable(len(primary), bounds=[0, 1])
-    sharing: cp.Constraint = cp.Constant(program.sharing) @ x <= 0
-    limits: cp.Constraint = cp.Constant(program.limits) @ x <= program.rhs
+    partition: list[cp.Constraint] = [rows == 1 for rows in _rows(program.partition, x)]
+    sharing: list[cp.Constraint] = [rows <= 0 for rows in _rows(program.sharing, x)]
+    limits: list[cp.Constraint] = [rows <= program.rhs for rows in _rows(program.limits, x)]
     unit = float(np.abs(primary).max()) or 1.0
-    model = cp.Problem(cp.Minimize((primary / unit) @ x), [cp.Constant(program.partition) @ x == 1, sharing, limits])
+    model = cp.Problem(cp.Minimize((primary / unit) @ x), [*partition, *sharing, *limits])
     if _run(model, deadline_s, {}) is None:
         return None
-    duals = (np.zeros(row.shape) if row.dual_value is None else row.dual_value * unit for row in (sharing, limits))
-    return _Multipliers(*duals)
+    return _Multipliers(_duals(sharing, unit), _duals(limits, unit))
+
+
+def _rows(matrix: Any, x: cp.Variable) -> list[cp.Expression]:
+    """matrix·x, as a list of one; empty where the matrix has no rows, which not every version of cvxpy takes."""
+    return [cp.Constant(matrix) @ x] if matrix.shape[0] else []
+
+
+def _duals(constraints: list[cp.Constraint], unit: float) -> Floats:
+    """The constraints' multipliers, times `unit`; zeros when time was up before there were any."""
+    found = [np.zeros(rows.shape) if rows.dual_value is None else rows.dual_value * unit for rows in constraints]
+    return np.concatenate([np.zeros(0), *found])
 
 
 def _lagrangian(program: _Program, multipliers: _Multipliers) -> tuple[float, Floats]:
@@ -407,13 +418,13 @@ def _solve_core(program: _Program, core: Mask, least: float, gap: float, deadlin
     columns = np.flatnonzero(np.append(core, np.ones(program.costs.shape[1] - len(core), dtype=np.bool_)))
     objective, unit, slack = _objective(program, columns, least, _TIE_WEIGHT * gap)
     x = cp.Variable(len(columns), boolean=True)
-    partition, sharing, limits = (cp.Constant(m[:, columns]) @ x for m in (program.partition, program.sharing, program.limits))
-    rows: list[cp.Constraint] = [partition == 1, sharing <= 0]
+    partition, sharing, limits = (_rows(m[:, columns], x) for m in (program.partition, program.sharing, program.limits))
+    rows: list[cp.Constraint] = [*(row == 1 for row in partition), *(row <= 0 for row in sharing)]
     options = {"mip_rel_gap": (1 - 10 * _TIE_WEIGHT) * gap, "mip_abs_gap": 0.0}
     bound = -math.inf
     for attempt in range(_MAX_CUTS + 1):
         margin = _MARGIN if attempt == _MAX_CUTS else 0.0
-        model = cp.Problem(cp.Minimize(objective @ x), [*rows, limits <= program.rhs - margin])
+        model = cp.Problem(cp.Minimize(objective @ x), [*rows, *(row <= program.rhs - margin for row in limits)])
         info = _run(model, deadline_s, options)
         if not margin:
             bound = max(bound, math.inf if info is None else (info.mip_dual_bound - slack) * unit)
