@@ -128,12 +128,12 @@ class Divergence:
 
 
 def _classes(scores: NDArray[np.generic]) -> NDArray[np.float64]:
-    """(samples, classes): classes are axis 1, or the last axis where a sequence comes before it."""
+    """(rows, classes): classes are axis 1 of images and of what has one position; the last axis of sequences."""
     values = np.asarray(scores, np.float64)
     if values.ndim <= 1:
         return values.reshape(1, -1)
-    if values.ndim > 2 and values.size == values.shape[0] * values.shape[1]:
-        return values.reshape(len(values), -1)
+    if values.ndim > 3 or values.size == values.shape[0] * values.shape[1]:
+        values = np.moveaxis(values, 1, -1)
     return values.reshape(-1, values.shape[-1])
 
 
@@ -144,6 +144,8 @@ def _compare(kind: Kind, reference: NDArray[np.generic], candidate: NDArray[np.g
             return float((reference != candidate).sum()), float(reference.size)
         a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
         finite = np.isfinite(a)
+        if a.size and not finite.any():
+            raise InputError("the reference's output holds no finite value on this data; check the model and the data's scale")
         a, b = a[finite], b[finite]
         return (float(((a - b) ** 2).sum()), float((a**2).sum())) if np.isfinite(b).all() else (np.inf, 1.0)
     a, b = _log_probabilities(kind, reference), _log_probabilities(kind, candidate)

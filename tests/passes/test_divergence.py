@@ -143,3 +143,19 @@ def test_the_users_word_wins() -> None:
     assert output_kinds(proto, "logits") == (Kind.LOGITS,)
     with pytest.raises(InputError, match="output kind 'classes' is unknown"):
         output_kinds(proto, "classes")
+
+
+def test_classes_are_axis_1_of_segmentations() -> None:
+    rng = np.random.default_rng(0)
+    scores = rng.standard_normal((2, 3, 4, 5))
+    direct, segmented = Divergence((Kind.LOGITS,)), Divergence((Kind.LOGITS,))
+    other = scores + 0.1 * rng.standard_normal(scores.shape)
+    segmented.add([scores], [other])
+    direct.add([scores.transpose(0, 2, 3, 1).reshape(-1, 3)], [other.transpose(0, 2, 3, 1).reshape(-1, 3)])
+    assert segmented.value == pytest.approx(direct.value)
+    assert segmented.agreement == direct.agreement
+
+
+def test_a_reference_without_any_finite_value_is_refused() -> None:
+    with pytest.raises(InputError, match="no finite value"):
+        Divergence((Kind.VALUES,)).add([np.full((2, 3), np.nan)], [np.zeros((2, 3))])
