@@ -39,6 +39,21 @@ def written(outcome: Outcome, folder: Path) -> Path:
     return path
 
 
+def unused_upgrades(outcome: Outcome, limit: float) -> list[tuple[str, str]]:
+    """Changes of a single site that would have lowered the predicted divergence noticeably and still kept the size budget."""
+    left = limit - outcome.predicted_bytes - sum(outcome.plan.menu.shared.values())  # as if every program had to be added
+    found = []
+    for site, candidates in outcome.plan.menu.candidates.items():
+        chosen = outcome.plan.candidate(site)
+        assert chosen is not None
+        worth = 0.01 * sum(c.divergence for name in outcome.plan.forms if (c := outcome.plan.candidate(name)) is not None)
+        for other in candidates:
+            fits = other.size_bytes - chosen.size_bytes <= left and other.latency_s <= chosen.latency_s
+            if fits and other.divergence < chosen.divergence - worth:
+                found.append((site, str(other.form)))
+    return found
+
+
 @pytest.mark.parametrize("size", [0.5, 0.26, 0.15])
 def test_a_size_budget_holds_on_the_written_file(size: float, tmp_path: Path) -> None:
     job, menu = analysed()
@@ -46,7 +61,7 @@ def test_a_size_budget_holds_on_the_written_file(size: float, tmp_path: Path) ->
     limit = size * job.original.size_bytes
     path = written(outcome, tmp_path)
     assert path.stat().st_size <= limit
-    assert outcome.size_bytes >= 0.9 * limit  # what is allowed is used
+    assert unused_upgrades(outcome, limit) == []  # what is allowed is used
     assert outcome.meets
     onnx.checker.check_model(path, full_check=True)
     assert outcome.comparison.samples == len(job.splits.verify)
