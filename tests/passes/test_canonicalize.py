@@ -229,8 +229,10 @@ def grown(size: int) -> ModelProto:
 def test_a_large_constant_is_not_computed_ahead() -> None:
     proto = grown(2048)
     result, report = simplify(proto)
-    assert report.reason == "simplified by ONNX Runtime"
-    assert sorted(op_types(result)) == ["Add", "CumSum", "Mul", "Neg"]
+    if report.changed:
+        assert sorted(op_types(result)) == ["Add", "CumSum", "Mul", "Neg"]
+    else:  # releases of ONNX Runtime without a limit on folding
+        assert report.reason.endswith(" bytes larger")
     x = np.linspace(0, 3, 2048, dtype=np.float32)
     assert_same(run(result, x=x), run(proto, x=x))
 
@@ -364,8 +366,12 @@ def test_functions_are_called_as_before() -> None:
 def test_quantize_and_dequantize_nodes_stay() -> None:
     proto = parse(QDQ)
     result, report = simplify(proto)
-    assert report.reason == "simplified by ONNX Runtime"
-    assert Counter(op_types(result)) == Counter(op_types(proto)) - Counter(["Identity"])
+    expected = Counter(op_types(proto))
+    if report.changed:
+        expected -= Counter(["Identity"])
+    else:  # releases of ONNX Runtime that cannot be kept from fusing
+        assert report.reason == "ONNX Runtime's graph has 3 of 4 DequantizeLinear nodes"
+    assert Counter(op_types(result)) == expected
     x = np.array([[1, -2]], np.float32)
     assert_same(run(result, x=x), run(proto, x=x))
 
