@@ -151,7 +151,7 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
     sites, excluded = TARGETS[settings.target].select(found, settings.include, settings.exclude)
     calibration = replace(settings.runtime, threads=max(settings.runtime.threads, os.cpu_count() or 1))
     if original.size_bytes > calibration.memory_limit_bytes:  # sessions copy and repack weights: leave room for that
-        calibration = replace(calibration, memory_limit_bytes=calibration.memory_limit_bytes // 2)
+        calibration = replace(calibration, memory_limit_bytes=calibration.memory_limit_bytes // 4)
     with clock.phase("calibrate"):
         shapes = observe(model, sites.sites, dataset.first(1), calibration)
     return Job(original, model, canonicalization, sites, excluded, dataset, splits, kinds, shapes, settings, calibration, clock)
