@@ -150,6 +150,7 @@ class Executor:
             initializers=[tensor for name, tensor in source.initializers.items() if name in used],
             threads=self._threads,
             providers=self._providers,
+            repack=len(self._segments) == 1,
         )
 
 

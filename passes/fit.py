@@ -61,14 +61,17 @@ def store(
         packed = storage.encode(value, axis, _importance(site, moment))
         return (packed,), (storage.decode(packed, spec),)
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
-    factors = fit_factors(site, form, weight, moment) if factors is None else factors
+    leading = (fit_factors(site, form, weight, moment) if factors is None else factors)[:-1]
     every: list[tuple[NDArray[np.generic], ...]] = []
-    decoded: list[NDArray[np.float64]] = []
+    decoded: list[NDArray[np.generic]] = []
     for number, (spec, axis) in enumerate(specs):
-        last = number == len(specs) - 1
-        factor = refit_last(decomposition, weight, moment, site.use, form.ranks, decoded) if last else factors[number]
+        if number < len(leading):
+            factor = leading[number]
+        else:
+            known = [np.asarray(array, np.float64) for array in decoded]
+            factor = refit_last(decomposition, weight, moment, site.use, form.ranks, known)
         every.append(storage.encode(factor.astype(spec.dtype), axis))
-        decoded.append(np.asarray(storage.decode(every[-1], spec), np.float64))
+        decoded.append(storage.decode(every[-1], spec))
     return tuple(every), tuple(decoded)
 
 

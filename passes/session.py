@@ -159,6 +159,7 @@ def open_session(
     threads: int = 1,
     providers: Sequence[str] = (CPU,),
     optimize: bool = True,
+    repack: bool = True,
 ) -> Session:
     """Load a model into ONNX Runtime.
 
@@ -169,6 +170,7 @@ def open_session(
         threads: intra-op threads; operators run one after another, and idle threads do not spin between runs.
         providers: execution providers in order of preference.
         optimize: False turns every graph optimisation off, constant folding included.
+        repack: False keeps kernels from holding a second copy of their weights in a layout of their own.
 
     Raises:
         InputError: ONNX Runtime cannot load the model, `threads` is below 1, or a provider is not available.
@@ -181,6 +183,8 @@ def open_session(
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not repack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
 

@@ -62,7 +62,7 @@ class Half:
         self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
     ) -> tuple[NDArray[np.generic], ...]:
         """Round to nearest; values beyond the range of half precision saturate."""
-        return (np.clip(np.asarray(array, np.float64), -_MAX_HALF, _MAX_HALF).astype(np.float16),)
+        return (np.clip(array, array.dtype.type(-_MAX_HALF), array.dtype.type(_MAX_HALF)).astype(np.float16),)
 
     def decode(self, packed: tuple[NDArray[np.generic], ...], spec: Spec) -> NDArray[np.generic]:
         """Widen."""
