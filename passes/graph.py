@@ -1,4 +1,4 @@
-"""Questions every pass asks of a model's graph: which scopes it has, who defines and who reads a value, what a prefix needs.
+"""Questions every pass asks of a model's graph: which scopes it has, who defines and who reads a value, what computing one takes.
 
 Nothing here changes the model it is given. A *scope* is a list of nodes with its own names: the main graph, a graph nested in a
 node's attributes (the bodies of If, Loop and Scan), or the body of a model-local function. A nested graph sees the names of the
@@ -10,11 +10,9 @@ from __future__ import annotations
 import heapq
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import TypeAlias
 
-import onnx
 from onnx import FunctionProto, GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from .errors import InputError
@@ -227,53 +225,3 @@ def all_names(proto: ModelProto) -> set[str]:
         names.update(output_names(scope.body))
     names.discard("")
     return names
-
-
-def fresh_name(taken: AbstractSet[str], stem: str) -> str:
-    """`stem`, or `stem_1`, `stem_2`, …: the first that is not taken. The caller adds it to `taken`."""
-    name, suffix = stem, 0
-    while name in taken:
-        suffix += 1
-        name = f"{stem}_{suffix}"
-    return name
-
-
-def extract_prefix(proto: ModelProto, outputs: Sequence[str]) -> ModelProto:
-    """The part of the main graph that computes `outputs`, as a model of its own.
-
-    It takes the same feeds as `proto` (inputs stay even when unused), has `outputs` as its outputs, each once and in this
-    order, and keeps functions, opset imports and IR version. An output whose type the model does not state has none: ONNX
-    Runtime infers it, `onnx.checker` objects.
-
-    Args:
-        proto: the model; tensors with external data keep their reference.
-        outputs: names of values of the main graph: node outputs, initializers or inputs.
-
-    Raises:
-        InputError: a name is not a value of the main graph.
-    """
-    graph = proto.graph
-    defined = defined_names(graph)
-    for name in outputs:
-        if name not in defined:
-            what = f"value '{name}' is not in the main graph '{graph.name}'"
-            raise InputError(f"{what}, expected a node output, initializer or input; check the spelling")
-    positions, needed = live(graph, outputs)
-    initialized = initializer_names(graph)
-
-    prefix = ModelProto(ir_version=proto.ir_version, opset_import=proto.opset_import, functions=proto.functions)
-    prefix.graph.name = graph.name
-    prefix.graph.node.extend(graph.node[position] for position in sorted(positions))
-    prefix.graph.initializer.extend(tensor for tensor in graph.initializer if tensor.name in needed)
-    prefix.graph.sparse_initializer.extend(tensor for tensor in graph.sparse_initializer if tensor.values.name in needed)
-    prefix.graph.input.extend(value for value in graph.input if value.name in needed or value.name not in initialized)
-    prefix.graph.value_info.extend(value for value in graph.value_info if value.name in needed and value.name not in outputs)
-    types = _known_types(graph)
-    prefix.graph.output.extend(types.get(name, ValueInfoProto(name=name)) for name in dict.fromkeys(outputs))
-    return prefix
-
-
-def _known_types(graph: GraphProto) -> dict[str, ValueInfoProto]:
-    known = {tensor.name: onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims) for tensor in graph.initializer}
-    known.update((value.name, value) for value in (*graph.value_info, *graph.input, *graph.output))
-    return known

@@ -22,7 +22,7 @@ from intaglio.ops.form import Form
 from intaglio.ops.storage import STORAGES
 
 from .canonicalize import remove_dead
-from .graph import all_names, reads, scopes
+from .graph import reads, scopes
 from .model import Model
 from .sites import Site, SiteUse, opset
 from .weights import WeightStore
@@ -250,6 +250,3 @@ def _carry(proto: ModelProto, programs: Mapping[str, Program]) -> None:
             proto.functions.append(programs[name].function(opset(proto)))
     if proto.ir_version >= FUNCTION_IR and programs and all(o.domain != DOMAIN for o in proto.opset_import):
         proto.opset_import.append(helper.make_opsetid(DOMAIN, 1))
-
-
-__all__ = ["Fragment", "all_names", "array_specs", "declines", "fragment", "ghosts", "rewrite", "tensor_proto"]

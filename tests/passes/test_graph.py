@@ -8,16 +8,14 @@ import onnx.parser
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from intaglio.passes.errors import InputError
 from intaglio.passes.graph import (
     ValueIndex,
     all_names,
     captures,
-    extract_prefix,
     field_size,
-    fresh_name,
     live,
     reads,
     scopes,
@@ -132,12 +130,6 @@ def test_all_names_covers_every_scope(nested: ModelProto) -> None:
     assert all_names(nested) == {"c", "x", "y", "w", "v", "h", "r", "g", "t", "e", "k", "d", "first"}
 
 
-def test_fresh_name_avoids_what_is_taken() -> None:
-    assert fresh_name(set(), "w") == "w"
-    assert fresh_name({"w"}, "w") == "w_1"
-    assert fresh_name({"w", "w_1"}, "w") == "w_2"
-
-
 @given(st.permutations(range(6)))
 def test_topological_sorts_any_order(order: list[int]) -> None:
     nodes = [onnx.helper.make_node("Add", [f"v{i - 1}", f"v{i // 2}"], [f"v{i}"]) for i in range(1, 7)]
@@ -149,50 +141,3 @@ def test_topological_keeps_an_order_that_is_right_and_refuses_a_cycle(nested: Mo
     loop = [onnx.helper.make_node("Neg", ["b"], ["a"], "n1"), onnx.helper.make_node("Neg", ["a"], ["b"], "n2")]
     with pytest.raises(InputError, match="node 'n1'"):
         topological(loop)
-
-
-def test_prefix_computes_the_named_values_and_nothing_else() -> None:
-    proto = onnx.parser.parse_model(CHAIN)
-    before = proto.SerializeToString()
-    prefix = extract_prefix(proto, ["b", "x"])
-    assert [node.op_type for node in prefix.graph.node] == ["Add", "Relu"]
-    assert [tensor.name for tensor in prefix.graph.initializer] == ["w"]
-    assert proto.SerializeToString() == before
-    x = np.array([[-2, 1]], np.float32)
-    b, same = run(prefix, {"x": x, "unused": x})
-    np.testing.assert_array_equal(b, [[0, 3]])
-    np.testing.assert_array_equal(same, x)
-
-
-def test_prefix_types_its_outputs_where_the_model_does() -> None:
-    proto = onnx.parser.parse_model(CHAIN)
-    proto.graph.value_info.append(onnx.helper.make_tensor_value_info("a", TensorProto.FLOAT, ["N", 2]))
-    a, b, w = extract_prefix(proto, ["a", "b", "w"]).graph.output
-    assert a == proto.graph.value_info[0]
-    assert b == ValueInfoProto(name="b")
-    assert [dim.dim_value for dim in w.type.tensor_type.shape.dim] == [2]
-
-
-def test_prefix_with_nested_graph_keeps_captures_and_functions(nested: ModelProto) -> None:
-    prefix = extract_prefix(nested, ["r"])
-    assert [node.op_type for node in prefix.graph.node] == ["Add", "If"]
-    assert [tensor.name for tensor in prefix.graph.initializer] == ["w"]
-    assert prefix.functions == nested.functions
-    assert prefix.opset_import == nested.opset_import
-    x = np.array([1, 2], np.float32)
-    np.testing.assert_array_equal(run(prefix, {"c": np.array(True), "x": x})[0], [3, 9])
-    np.testing.assert_array_equal(run(prefix, {"c": np.array(False), "x": x})[0], [3, 8])
-
-
-def test_prefix_of_an_old_model_drops_the_inputs_of_dropped_initializers() -> None:
-    text = CHAIN.replace("ir_version: 8", "ir_version: 3").replace("float[N,2] unused", "float[2] w, float[2] late")
-    prefix = extract_prefix(onnx.parser.parse_model(text), ["b"])
-    assert [value.name for value in prefix.graph.input] == ["x", "w"]
-    onnx.checker.check_model(onnx.parser.parse_model(text))
-    np.testing.assert_array_equal(run(prefix, {"x": np.ones((1, 2), np.float32)})[0], [[2, 3]])
-
-
-def test_prefix_repeats_no_output_and_refuses_unknown_names(nested: ModelProto) -> None:
-    assert len(extract_prefix(nested, ["h", "h"]).graph.output) == 1
-    with pytest.raises(InputError, match=r"value 't' is not in the main graph 'agraph', expected .*check the spelling"):
-        extract_prefix(nested, ["h", "t"])
