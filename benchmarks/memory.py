@@ -1,7 +1,7 @@
 """Compress a generated model larger than memory should need: python benchmarks/memory.py DIR [--blocks N] [--size R]
 
-Writes a model of N blocks with external data to DIR (24 blocks: 3.2 GB), compresses it in a fresh process, and prints the peak
-resident memory of that process beside the sizes. Every block is MatMul 1024 → 32768, Tanh, a mean over 32 heads and a residual
+Writes a model of N blocks with external data to DIR (48 blocks: 3.2 GB), compresses it in a fresh process, and prints the peak
+resident memory of that process beside the sizes. Every block is MatMul 1024 → 16384, Tanh, a mean over 16 heads and a residual
 sum; weights have a decaying spectrum, so that there is something to gain.
 """
 
@@ -18,7 +18,7 @@ import typer
 from onnx import TensorProto, helper, numpy_helper
 from rich.console import Console
 
-WIDTH, HEADS = 1024, 32
+WIDTH, HEADS = 1024, 16
 
 CHILD = """
 import resource, sys, time
@@ -64,7 +64,7 @@ def generate(folder: Path, blocks: int) -> Path:
 
 def main(
     folder: Path,
-    blocks: Annotated[int, typer.Option(help="Blocks of 134 MB each.")] = 24,
+    blocks: Annotated[int, typer.Option(help="Blocks of 67 MB each.")] = 48,
     size: Annotated[float, typer.Option(help="Size budget.")] = 0.2,
 ) -> None:
     """Generate, compress in a fresh process, print sizes and peak memory."""
