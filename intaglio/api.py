@@ -43,6 +43,9 @@ def compress(
     exclude: Sequence[str] = (),
     decompositions: Sequence[str] = (),
     storages: Sequence[str] = (),
+    arithmetics: Sequence[str] = (),
+    expand: bool = True,
+    ranges: str = "auto",
     samples: int | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
@@ -65,7 +68,10 @@ def compress(
         include: regular expressions of names of weights that may change; all if there are none.
         exclude: regular expressions of names of weights that may not.
         decompositions: which may be used; all if there are none.
-        storages: which may be used; all if there are none.
+        storages: which may be used; those that race by default if there are none.
+        arithmetics: which layers may compute in; all of the target if there are none.
+        expand: whether stored weights may be expanded when the model is loaded.
+        ranges: how ranges of quantized activations are calibrated: "auto", "minmax", "percentile", "mse" or "entropy".
         samples: most samples used; all by default.
         seed: of every random choice.
         cache: folder of measured latencies; None keeps them in memory. `default_folder()` is the command line's.
@@ -92,6 +98,9 @@ def compress(
         samples,
         seed,
         _folder(cache),
+        arithmetics=tuple(arithmetics),
+        expand=expand,
+        ranges=ranges,
     )
     check_settings(settings)
     check_request(request)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import AttributeProto, FunctionProto, NodeProto, TensorProto, helper, parser
 
-Attributes = Mapping[str, int | float | str | list[int]]
+Attributes = Mapping[str, int | float | str | list[int] | TensorProto]
 """Attributes of a node, by name."""
 
 DOMAIN = "intaglio"
@@ -48,14 +48,17 @@ class Program:
     Attributes:
         name: function name in the `intaglio` domain.
         text: the function in ONNX text form, without the header that names domain and opset.
+        uses: programs that the text calls, as nodes of the `intaglio` domain; they use no others.
     """
 
     name: str
     text: str
+    uses: tuple[Program, ...] = ()
 
     def function(self, opset: int) -> FunctionProto:
         """The function for a model of the given default-domain opset."""
-        return parser.parse_function(f'<opset_import: ["" : {opset}], domain: "{DOMAIN}">\n{self.name} {self.text}')
+        imports = f'"" : {opset}' + (f', "{DOMAIN}" : 1' if self.uses else "")
+        return parser.parse_function(f'<opset_import: [{imports}], domain: "{DOMAIN}">\n{self.name} {self.text}')
 
     def inline(self, call: NodeProto, opset: int, fresh: Callable[[str], str]) -> list[NodeProto]:
         """The nodes that one call stands for, for models too old (IR < 8) to carry functions.
@@ -69,7 +72,7 @@ class Program:
         rename = dict(zip([*function.input, *function.output], [*call.input, *call.output], strict=True))
         rename |= {name: fresh(name) for body_node in function.node for name in body_node.output if name not in rename}
         given = {attribute.name: attribute for attribute in call.attribute}
-        nodes = []
+        nodes: list[NodeProto] = []
         for body_node in function.node:
             node = NodeProto()
             node.CopyFrom(body_node)
@@ -81,7 +84,8 @@ class Program:
                 copy.CopyFrom(given[attribute.ref_attr_name] if attribute.ref_attr_name else attribute)
                 copy.name = attribute.name
                 node.attribute.append(copy)
-            nodes.append(node)
+            used = next((program for program in self.uses if node.domain == DOMAIN and program.name == node.op_type), None)
+            nodes += [node] if used is None else used.inline(node, opset, fresh)
         return nodes
 
 
@@ -180,7 +184,7 @@ class Emitter:
         output = output or self.name("w")
         call = _node(program.name, inputs, output, DOMAIN, attributes)
         if self.target.functions:
-            self.programs[program.name] = program
+            self.programs |= {used.name: used for used in (*program.uses, program)}
             self.nodes.append(call)
         else:
             self.nodes.extend(program.inline(call, self.target.opset, self.name))
@@ -191,6 +195,11 @@ def _node(op_type: str, inputs: Sequence[str], output: str, domain: str, attribu
     node = helper.make_node(op_type, list(inputs), [output], domain=domain)
     node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
     return node
+
+
+def ints_attribute(values: Sequence[int]) -> TensorProto:
+    """A one-dimensional int64 tensor for an attribute, in its shortest form; `Constant <value: tensor = @name>` reads it in any opset."""
+    return TensorProto(dims=[len(values)], data_type=TensorProto.INT64, int64_data=values)
 
 
 def onnx_type(dtype: np.dtype[np.generic]) -> int:

@@ -7,24 +7,30 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, order=True)
 class Form:
-    """decomposition × ranks × storage × execution.
+    """decomposition × ranks × storage × execution × arithmetic.
 
     Attributes:
         decomposition: "unchanged", "dense" (one array), or the name of a decomposition.
         ranks: the decomposition's parameters; empty for "unchanged" and "dense".
         storage: name of the storage of every array of the form; "float" keeps the model's own type.
         execution: "dense" (the layer runs on the expanded weight) or "contract" (activations flow through the factors).
+        arithmetic: what the layer computes in: "float", or the name of an arithmetic of `ops.arithmetic`.
     """
 
     decomposition: str
     ranks: tuple[int, ...] = ()
     storage: str = "float"
     execution: str = "dense"
+    arithmetic: str = "float"
 
     def __str__(self) -> str:
         ranks = f"[{','.join(map(str, self.ranks))}]" if self.ranks else ""
-        return f"{self.decomposition}{ranks}/{self.storage}/{self.execution}"
+        arithmetic = "" if self.arithmetic == "float" else f"/{self.arithmetic}"
+        return f"{self.decomposition}{ranks}/{self.storage}/{self.execution}{arithmetic}"
 
 
 UNCHANGED = Form("unchanged")
 """Leave the weight alone: always a candidate."""
+
+CARRIED = Form("unchanged", arithmetic="integer")
+"""What an operator without a weight becomes when it runs in integers."""

@@ -20,10 +20,12 @@ class Moment:
     Attributes:
         matrix: (groups, n, n) float64, or (groups, n) for a diagonal.
         rows: number of input rows behind the mean; 0 where the moment is a prior, not a measurement.
+        mean: E[x], (groups, n) float64; None where it is not known.
     """
 
     matrix: Float64
     rows: int
+    mean: Float64 | None = None
 
     @staticmethod
     def isotropic(groups: int, n: int) -> Moment:
@@ -54,7 +56,7 @@ class Moment:
         else:
             index = np.arange(matrix.shape[1])
             matrix[:, index, index] += shift
-        return Moment(matrix, self.rows)
+        return Moment(matrix, self.rows, self.mean)
 
     def shrunk(self) -> Moment:
         """(1 − λ)·A + λ·mean(diag A)·I with λ = 0.1·n / (0.1·n + rows): as much of the identity as few rows leave in doubt.
@@ -68,7 +70,7 @@ class Moment:
         matrix = (1 - share) * self.matrix
         index = np.arange(n)
         matrix[:, index, index] += share * self.diag.mean(1, keepdims=True)
-        return Moment(matrix, self.rows)
+        return Moment(matrix, self.rows, self.mean)
 
     def times(self, weight: Float64) -> Float64:
         """W·A for W of shape (groups, k, n)."""

@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from intaglio.ops.arithmetic import ARITHMETICS
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.solver import Cost
 
+from .activations import Activations, measure_activations
+from .build import mock
 from .cache import Cache
 from .calibrate import calibrate, moment_parts
+from .coupling import Coupling, Terms, ValuePrice, couple
 from .divergence import Kind
 from .fit import pack
 from .job import Job
-from .latency import MicroBench
+from .latency import MicroBench, compare_models
 from .options import Progress, silent
 from .parallel import in_parallel, workers
 from .plan import Candidate, Menu
-from .price import LatencyPricer, SizePricer
+from .price import SizePricer
 from .propose import Allowed, Proposal, propose
 from .recall import Finding, Findings
+from .rewrite import ghosts
 from .sensitivity import Curve, Probe, Sensitivity
 from .session import open_session
 from .sites import Site
-from .targets import TARGETS
-
-PROBE_SAMPLES = 48
-"""Fit samples on which trial forms are measured."""
+from .timing import LatencyPricer, changes_latency
 
 TRIAL_ERRORS = (0.02, 0.15)
 """Relative truncation errors near which each site's curve is measured."""
+
+TRIAL_ROUNDINGS = (0.004, 0.05)
+"""Relative rounding errors near which each site's curve is measured."""
 
 _TIMING_S = 0.04
 """Seconds spent on timing one form against the original operator."""
@@ -48,19 +54,28 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         latency: whether forms are timed; without, only those that no other form beats in size and divergence are.
         progress: shows how far the analysis is.
     """
-    settings = job.settings
     sizes = job.sizes()
-    target = TARGETS[settings.target]
-    allowed = target.allowed(settings.decompositions, settings.storages)
-    findings = _find(job, allowed, Findings(job, allowed, cache), progress)
+    allowed = job.settings.allowed()
+    known = Findings(job, allowed, cache)
+    findings = _find(job, allowed, known, progress)
     with job.clock.phase("price"):
         timer, base_s = _timer(job, cache, latency)
+        narrow = latency and timer is not None
+        activations = measure_activations(job, findings, known) if narrow else Activations()
+        rows = {site.name: _priced(site, findings[site.name], sizes) for site in job.sites}
+        if timer is not None and narrow:
+            _calibrate_integers(job, rows, activations, timer)
+        coupling = _coupling(activations, sizes, timer)
         candidates = {
-            site.name: _priced(site, findings[site.name], sizes, timer, latency)
+            site.name: _offered(site, rows[site.name], activations, coupling, timer, latency)
             for site in progress(job.sites.sites, "Timing", len(job.sites))
         }
+        for carrier in activations.carriers:
+            if timer is not None:
+                candidates[carrier.name] = _carrier_candidates(carrier.name, timer.carry(carrier), coupling)
+    shared = {**coupling.resources, **activations.dynamic_costs(), **{name: Cost(size) for name, size in sizes.shared.items()}}
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
-    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), sizes.shared, unit)
+    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit)
 
 
 def _find(job: Job, allowed: Allowed, known: Findings, progress: Progress) -> dict[str, Finding]:
@@ -69,9 +84,7 @@ def _find(job: Job, allowed: Allowed, known: Findings, progress: Progress) -> di
     wanted = [site for site in job.sites if site.name not in found]
     if not wanted:
         return found
-    rng = np.random.default_rng(job.settings.seed)
-    count = min(PROBE_SAMPLES, len(job.splits.fit))
-    probe = Probe(job.model, job.kinds, job.data, np.sort(rng.choice(job.splits.fit, count, replace=False)), job.calibration)
+    probe = job.probe()
 
     def look(measured: tuple[Site, Moment]) -> tuple[Site, Moment, tuple[Proposal, ...]]:
         site, moment = measured[0], measured[1].shrunk()
@@ -94,7 +107,7 @@ def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None,
     runtime = job.settings.runtime
     session = open_session(job.model.proto, weights=job.model.weights, threads=runtime.threads, providers=runtime.providers)
     bench = MicroBench(cache, runtime.providers, runtime.threads, budget_s=_TIMING_S)
-    timer = LatencyPricer(job.model, job.shapes, bench)
+    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes)
     return timer, timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
 
 
@@ -112,42 +125,131 @@ def measured_sites(job: Job, wanted: Sequence[Site] | None = None) -> Iterator[t
 
 
 def _sensitivity(site: Site, value: NDArray[Any], moment: Moment, proposals: Sequence[Proposal], probe: Probe) -> Sensitivity:
-    """Measure a site's curves on a few trial forms: for rounding the coarsest storage, or the coarsest whose outputs are finite."""
-    rounding: list[tuple[float, float]] = []
-    dense = [p for p in proposals if p.form.decomposition == "dense" and p.rounding > 1e-6]
-    for proposal in sorted(dense, key=lambda p: -p.rounding):
-        _, weight = pack(site, proposal.form, value, moment)
-        rounding.append((proposal.rounding, probe.replaced(site, site.stored(weight))))
-        if np.isfinite(rounding[-1][1]):
-            break
-    truncation: list[tuple[float, float]] = []
-    lowrank = [p for p in proposals if p.form.storage == "float" and p.form.execution == "dense" and p.form.ranks and p.truncation > 0]
+    """Measure a site's curves on a few trial forms that are folded at load, in floats."""
+    whole = [p for p in proposals if p.form.execution == "dense" and p.form.arithmetic == "float"]
+    dense = [p for p in whole if p.form.decomposition == "dense" and p.rounding > 1e-6]
+    lowrank = [p for p in whole if p.form.storage == "float" and p.form.ranks and p.truncation > 0]
+
+    def measured(trials: Iterable[Proposal]) -> list[tuple[float, float]]:
+        points = []
+        for trial in trials:
+            _, weight = pack(site, trial.form, value, moment)
+            points.append((trial.truncation + trial.rounding, probe.replaced(site, site.stored(weight))))
+        return [point for point in points if np.isfinite(point[1])] or points
+
+    rounding = measured(_nearest(dense, TRIAL_ROUNDINGS[1:] if probe.segmented else TRIAL_ROUNDINGS))
     if probe.segmented and rounding:
         lowrank = []  # every trial reads the whole file: one has to do
-    trials = {min(lowrank, key=lambda p: abs(np.log(p.truncation / error))).form: None for error in TRIAL_ERRORS if lowrank}
-    for form in trials:
-        error = next(p.truncation for p in lowrank if p.form == form)
-        _, weight = pack(site, form, value, moment)
-        truncation.append((error, probe.replaced(site, site.stored(weight))))
+    truncation = measured(_nearest(lowrank, TRIAL_ERRORS))
     return Sensitivity(Curve.through(rounding or truncation), Curve.through(truncation or rounding))
 
 
-def _priced(site: Site, finding: Finding, sizes: SizePricer, timer: LatencyPricer | None, latency: bool) -> tuple[Candidate, ...]:
-    """Sizes and divergences of all forms, latencies of those that may matter."""
+def _nearest(proposals: Sequence[Proposal], errors: Sequence[float]) -> list[Proposal]:
+    """The proposals whose errors are nearest, each once."""
+    if not proposals:
+        return []
+    nearest = (min(proposals, key=lambda p: abs(np.log((p.truncation + p.rounding) / error))) for error in errors)
+    return list({proposal.form: proposal for proposal in nearest}.values())
+
+
+def _priced(site: Site, finding: Finding, sizes: SizePricer) -> list[Candidate]:
+    """Sizes and divergences of the forms that no other form of the same operators beats in both."""
     rows, curves = [], finding.curves
-    for proposal in finding.proposals:
+    for proposal in _worthwhile(site, finding):
         size = sizes.price(site, proposal.form)
         divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
         rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, proposal.truncation + proposal.rounding, size.shared))
+    return [row for row in rows if np.isfinite(row.divergence)]
+
+
+def _worthwhile(site: Site, finding: Finding) -> Iterator[Proposal]:
+    """Of the forms that run alike, those on the frontier of payload bytes and divergence."""
+    curves = finding.curves
+    alike: dict[object, list[tuple[int, float, Proposal]]] = {}
+    for proposal in finding.proposals:
+        form = proposal.form
+        if form == UNCHANGED:
+            yield proposal
+            continue
+        payload = sum(array.nbytes for packed in ghosts(site, form) for array in packed)
+        divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
+        runs = (form.decomposition, form.ranks) if form.execution == "contract" else ()
+        native = form.storage if form.arithmetic in ("nbits", "rows") else ""
+        alike.setdefault((form.arithmetic, form.execution, runs, native), []).append((payload, divergence, proposal))
+    for rows in alike.values():
+        least = np.inf
+        for _, divergence, proposal in sorted(rows, key=lambda row: row[:2]):
+            if divergence < least:
+                least = divergence
+                yield proposal
+
+
+def _calibrate_integers(job: Job, rows: Mapping[str, Sequence[Candidate]], activations: Activations, timer: LatencyPricer) -> None:
+    """Agree with the whole model at its most integer: how much that saves is measured, not summed up."""
+    forms = {}
+    for site in job.sites:
+        if site.name in activations.units:
+            form = Form("dense", (), "int8", "dense", "integer")
+            forms[site.name] = form if any(row.form == form for row in rows[site.name]) else UNCHANGED
+    forms = {name: form for name, form in forms.items() if form != UNCHANGED}
+    if not forms:
+        return
+    sites = {site.name: site for site in job.sites}
+    changes = {name: timer.change(sites[name], form) for name, form in forms.items()}
+    changes |= {carrier.name: timer.carry(carrier) for carrier in activations.carriers}
+    carried = {carrier.name: CARRIED for carrier in activations.carriers}
+    runtime = job.settings.runtime
+    sessions = [
+        open_session(each.proto, weights=each.weights, threads=runtime.threads, providers=runtime.providers)
+        for each in (job.model, mock(job, forms | carried))
+    ]
+    latency = compare_models(sessions[0], sessions[1], job.data.first(1), pairs=25)
+    timer.calibrate_integers(changes, latency.candidate_s - latency.reference_s)
+
+
+def _coupling(activations: Activations, sizes: SizePricer, timer: LatencyPricer | None) -> Coupling:
+    """What lies between operators in floats and in integers."""
+    if timer is None or not activations.units:
+        return Coupling()
+    values = dict.fromkeys(name for unit in activations.units.values() for name in (*unit.inputs, *unit.outputs))
+    prices = {value: ValuePrice(sizes.pair_bytes(value), *timer.boundary(value), activations.divergence[value]) for value in values}
+    return couple(activations.units, prices, activations.outside)
+
+
+def _offered(
+    site: Site,
+    rows: Sequence[Candidate],
+    activations: Activations,
+    coupling: Coupling,
+    timer: LatencyPricer | None,
+    latency: bool,
+) -> tuple[Candidate, ...]:
+    """The candidates of a site: with the latencies of those that may matter, and coupled to their neighbours."""
+    dense = [row for row in rows if not changes_latency(row.form)]
     kept = []
-    for row in (row for row in rows if np.isfinite(row.divergence)):
-        contract = row.form.execution == "contract"
-        beaten = any(
-            other.size_bytes <= row.size_bytes and other.divergence <= row.divergence and other != row and other.form.execution == "dense"
-            for other in rows
-        )
-        if not contract:
+    for row in rows:
+        form = row.form
+        terms = coupling.terms(site.name, integer=form.arithmetic == "integer")
+        if form.arithmetic == "dynamic":
+            terms = Terms(activations.dynamic_needs(site))
+        row = replace(row, needs=(*row.needs, *terms.needs), provides=terms.provides)
+        if not changes_latency(form):
             kept.append(row)
-        elif timer is not None and timer.measurable(site) and (latency or not beaten):
-            kept.append(replace(row, latency_s=timer.change(site, row.form)))
+            continue
+        if timer is None or not timer.measurable(site):
+            continue
+        if form.arithmetic != "float" and (not latency or (ARITHMETICS[form.arithmetic].coupled and site.name not in activations.units)):
+            continue
+        beaten = any(other.size_bytes <= row.size_bytes and other.divergence <= row.divergence for other in dense)
+        if latency or not beaten:
+            kept.append(replace(row, latency_s=timer.change(site, form)))
     return tuple(kept)
+
+
+def _carrier_candidates(name: str, change_s: float, coupling: Coupling) -> tuple[Candidate, ...]:
+    """In floats as before, or in integers."""
+    floats, integers = coupling.terms(name, integer=False), coupling.terms(name, integer=True)
+    return (
+        Candidate(UNCHANGED, 0, 0.0, 0.0, 0.0, floats.needs, floats.provides),
+        Candidate(CARRIED, 0, change_s, 0.0, 0.0, integers.needs, integers.provides),
+    )

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
+from intaglio.ops.rounding import bias_shift
 
+from .assemble import assemble, unit_ranges
+from .bias import corrected, find_bias
 from .calibrate import calibrate, moment_parts
 from .errors import InputError
-from .fit import store
-from .graph import all_names
+from .fit import rebuilt, store
+from .graph import ValueIndex, all_names
 from .job import Job
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
 from .price import noise
+from .ranges import Range, calibrated
+from .regions import Carrier
 from .rewrite import Fragment, declines, fragment, ghosts, rewrite, spooled
 from .sites import Site
 
 FIT_STAGES = 6
 """Most stages of the sequential fit, unless memory asks for more: each recalibrates on the compressed prefix."""
+
+RANGE_SAMPLES = 256
+"""Fit samples from which the ranges of activations are taken."""
 
 
 def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -> Model:
@@ -32,43 +41,79 @@ def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -
     Raises:
         InputError: a form names an unknown site, or one that cannot take it.
     """
-    sites = {site.name: site for site in job.sites}
-    for name, form in forms.items():
-        if name not in sites:
-            raise InputError(f"plan: site {name!r} is not in the model; solve again for this model")
-        reason = None if form == UNCHANGED else declines(sites[name], form)
-        if reason:
-            raise InputError(f"plan: site {name!r} cannot take {form}: {reason}; choose another form")
-    chosen = [site for site in job.sites if forms.get(site.name, UNCHANGED) != UNCHANGED]
+    check(job, forms)
+    chosen, carried = _chosen(job, forms), _carried(job, forms)
     taken = frozenset(all_names(job.model.proto))
+    index = ValueIndex(job.model.proto)
     fragments: dict[str, Fragment] = {}
     current = job.model
     stages = _stages(chosen)
     for stage in progress(stages, "Fitting", len(stages)):
         with job.clock.phase("fit"):
             moments = calibrate(current, stage, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
-            for site, part in zip(stage, in_parallel(partial(_fitted, job, forms, moments, taken), stage, workers(stage)), strict=True):
+            fit = partial(_fitted, job, forms, moments, taken, index)
+            for site, part in zip(stage, in_parallel(fit, stage, workers(stage)), strict=True):
                 fragments[site.name] = part
             current = rewrite(job.model, fragments, chosen)
-    return current
+    with job.clock.phase("fit"):
+        return assemble(job.model, fragments, chosen, carried, partial(_ranges, job))
 
 
-def _fitted(job: Job, forms: Mapping[str, Form], moments: Mapping[str, Moment], taken: frozenset[str], site: Site) -> Fragment:
+def check(job: Job, forms: Mapping[str, Form]) -> None:
+    """Raise unless every form fits what it names.
+
+    Raises:
+        InputError: a form names an unknown site, or one that cannot take it.
+    """
+    sites = {site.name: site for site in job.sites}
+    carriers = {carrier.name for carrier in job.carriers}
+    for name, form in forms.items():
+        if name in carriers and form in (UNCHANGED, CARRIED):
+            continue
+        if name not in sites:
+            raise InputError(f"plan: site {name!r} is not in the model; solve again for this model")
+        reason = None if form == UNCHANGED else declines(sites[name], form)
+        if reason:
+            raise InputError(f"plan: site {name!r} cannot take {form}: {reason}; choose another form")
+
+
+def _chosen(job: Job, forms: Mapping[str, Form]) -> list[Site]:
+    return [site for site in job.sites if forms.get(site.name, UNCHANGED) != UNCHANGED]
+
+
+def _carried(job: Job, forms: Mapping[str, Form]) -> list[Carrier]:
+    return [carrier for carrier in job.carriers if forms.get(carrier.name, UNCHANGED) == CARRIED]
+
+
+def _fitted(
+    job: Job, forms: Mapping[str, Form], moments: Mapping[str, Moment], taken: frozenset[str], index: ValueIndex, site: Site
+) -> Fragment:
     """Fit one site; its arrays go to the model's spool, if that has one, and not into memory."""
-    value, form = site.value(job.model), forms[site.name]
-    arrays, _ = store(site, form, value, site.matrix(value), moments[site.name].shrunk())
-    return spooled(fragment(site, form, arrays, job.model.proto, taken), job.model.weights)
+    form, moment = forms[site.name], moments[site.name].shrunk()
+    value = site.value(job.model)
+    arrays, decoded = store(site, form, value, site.matrix(value), moment)
+    part = fragment(site, form, arrays, job.model.proto, taken)
+    bias = find_bias(job.model, site, index)
+    if bias is not None and moment.mean is not None:
+        shift = bias_shift(site.matrix(value), rebuilt(site, form, decoded), moment)
+        part = replace(part, changes={bias.name: corrected(job.model, bias, shift)})
+    return spooled(part, job.model.weights)
+
+
+def _ranges(job: Job, model: Model, operators: Sequence[str], values: Sequence[str]) -> dict[str, Range]:
+    """Ranges of the activations that are quantized, on some of the fit samples."""
+    return calibrated(model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration, job.settings.ranges)
 
 
 def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     """The rewritten model with noise in place of fitted arrays: as large and as fast as the real one."""
     rng, taken = np.random.default_rng(job.settings.seed), frozenset(all_names(job.model.proto))
-    chosen = [site for site in job.sites if forms.get(site.name, UNCHANGED) != UNCHANGED]
+    chosen = _chosen(job, forms)
     fragments = {}
     for site in chosen:
         arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, forms[site.name]))
         fragments[site.name] = fragment(site, forms[site.name], arrays, job.model.proto, taken)
-    return rewrite(job.model, fragments, chosen)
+    return assemble(job.model, fragments, chosen, _carried(job, forms), unit_ranges)
 
 
 def _stages(sites: Sequence[Site]) -> list[list[Site]]:

@@ -10,7 +10,7 @@ Sites in nested graphs get no measurement and an isotropic metric; so do those w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -52,30 +52,25 @@ def observe(model: Model, sites: Sequence[Site], feed: Feed, runtime: Runtime) -
     """Shapes around each site of the main graph for one feed, by site name."""
     proto = _copy(model.proto)
     names = {}
-    wanted: dict[str, str] = {}
     for site in _measurable(sites):
         use = site.use
         value, own = FAMILIES[use.key].activation(use)
         output = _named_output(proto, use.node)
-        if own:
-            value = output
-        names[site.name] = (value, output)
-        for name in (value, output):
-            if name not in wanted:
-                wanted[name] = f"{name}.shape-of"
-                proto.graph.node.append(helper.make_node("Shape", [name], [wanted[name]]))
-    if not wanted:
-        return {}
-    executor = Executor(
-        proto,
-        model.weights,
-        list(wanted.values()),
-        threads=runtime.threads,
-        providers=runtime.providers,
-        memory_limit_bytes=runtime.memory_limit_bytes,
-    )
-    shapes = {name: tuple(int(s) for s in shape) for name, shape in zip(wanted, executor.run_feed(feed), strict=True)}
+        names[site.name] = (output if own else value, output)
+    wanted = dict.fromkeys(name for pair in names.values() for name in pair)
+    shapes = value_shapes(replace(model, proto=proto), list(wanted), feed, runtime)
     return {name: Shapes(shapes[value], shapes[output]) for name, (value, output) in names.items()}
+
+
+def value_shapes(model: Model, values: Sequence[str], feed: Feed, runtime: Runtime) -> dict[str, tuple[int, ...]]:
+    """Shapes of values of the main graph for one feed."""
+    if not values:
+        return {}
+    proto = _copy(model.proto)
+    wanted = {name: f"{name}.shape-of" for name in values}
+    proto.graph.node.extend(helper.make_node("Shape", [name], [shape]) for name, shape in wanted.items())
+    executor = Executor.of(replace(model, proto=proto), list(wanted.values()), runtime)
+    return {name: tuple(int(size) for size in shape) for name, shape in zip(wanted, executor.run_feed(feed), strict=True)}
 
 
 def calibrate(
@@ -139,7 +134,7 @@ def _calibrate_part(
 ) -> dict[str, Moment]:
     proto = _copy(model.proto)
     taken = frozenset(all_names(proto))
-    grams: dict[tuple[object, ...], tuple[str, str]] = {}
+    grams: dict[tuple[object, ...], tuple[str, ...]] = {}
     keys: dict[str, tuple[object, ...]] = {}
     for number, site in enumerate(sites):
         use, family = site.use, FAMILIES[site.use.key]
@@ -161,22 +156,19 @@ def _calibrate_part(
         rows = emitter.node("Size", [gram.rows])
         proto.graph.node.extend(emitter.nodes)
         proto.graph.initializer.extend(tensor_proto(name, array) for name, array in emitter.initializers.items())
-        grams[key] = (gram.total, rows)
-    fetches = [name for pair in grams.values() for name in pair]
-    executor = Executor(
-        proto,
-        model.weights,
-        fetches,
-        threads=runtime.threads,
-        providers=runtime.providers,
-        memory_limit_bytes=runtime.memory_limit_bytes,
-    )
+        grams[key] = (gram.total, rows, *([] if gram.sums is None else [gram.sums]))
+    fetches = [name for names in grams.values() for name in names]
+    executor = Executor.of(replace(model, proto=proto), fetches, runtime)
     views = {keys[site.name]: site.use.view for site in sites}
     sums: dict[tuple[object, ...], NDArray[Any]] = {}
+    inputs: dict[tuple[object, ...], NDArray[Any]] = {}
     counts = dict.fromkeys(grams, 0)
     for values in executor.run(feed for feed, _ in data.feeds(indices, runtime.batch)):
-        for key, total, size in zip(grams, values[::2], values[1::2], strict=True):
-            view = views[key]
+        fetched = iter(values)
+        for key, names in grams.items():
+            view, total, size = views[key], next(fetched), next(fetched)
+            if len(names) == 3:
+                inputs[key] = inputs.get(key, 0.0) + next(fetched).astype(np.float64).reshape(view.groups, view.n)
             if key[0] == "gather":
                 index = np.where(total < 0, total + view.n, total)
                 part = np.bincount(index, minlength=view.n).astype(np.float64)[None]
@@ -193,7 +185,8 @@ def _calibrate_part(
         if key[0] == "gather":
             mean = (1 - UNSEEN) * mean + UNSEEN / mean.shape[1]
         known = np.isfinite(mean).all()
-        moments[site.name] = Moment(mean, counts[key]) if known else Moment.isotropic(site.use.view.groups, site.use.view.n)
+        center = inputs[key] / max(1, counts[key]) if key in inputs else None
+        moments[site.name] = Moment(mean, counts[key], center) if known else Moment.isotropic(site.use.view.groups, site.use.view.n)
     return moments
 
 

@@ -8,6 +8,7 @@ from .budget import Request, resolve
 from .errors import InputError
 from .job import Settings
 from .metric import METRICS
+from .ranges import METHODS
 from .session import check_providers
 from .targets import TARGETS
 
@@ -20,7 +21,9 @@ def check_settings(settings: Settings) -> None:
     """
     if settings.target not in TARGETS:
         raise InputError(f"--target {settings.target}: unknown; expected one of {', '.join(TARGETS)}")
-    TARGETS[settings.target].allowed(settings.decompositions, settings.storages)
+    settings.allowed()
+    if settings.ranges not in ("auto", *METHODS):
+        raise InputError(f"--ranges {settings.ranges}: unknown; expected one of auto, {', '.join(METHODS)}")
     check_providers(settings.runtime.providers)
     if settings.runtime.threads < 1:
         raise InputError(f"--threads {settings.runtime.threads}: expected at least 1; give the number of cores to use")

@@ -22,6 +22,8 @@ from onnx import TensorProto, helper, shape_inference
 
 from .errors import InputError
 from .graph import live, nested_graphs, reads, topological
+from .model import Model
+from .options import Runtime
 from .session import CPU, Session, Value, array_bytes, open_session, read_tensor, to_array, to_value
 from .weights import WeightStore, is_external
 
@@ -76,6 +78,18 @@ class Executor:
         self._graph = _Graph(proto, self._fetches)
         self._segments = _plan(self._graph, memory_limit_bytes)
         self._session = self._open(self._segments[0]) if len(self._segments) == 1 else None
+
+    @staticmethod
+    def of(model: Model, fetches: Sequence[str], runtime: Runtime) -> Executor:
+        """An executor of a model under a job's settings; see `__init__`."""
+        return Executor(
+            model.proto,
+            model.weights,
+            fetches,
+            threads=runtime.threads,
+            providers=runtime.providers,
+            memory_limit_bytes=runtime.memory_limit_bytes,
+        )
 
     @property
     def segment_count(self) -> int:

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import onnx
 
 from intaglio.solver import Budget
 
-from .calibrate import Shapes, observe
+from .calibrate import Shapes, observe, value_shapes
 from .canonicalize import Report as CanonicalReport
 from .canonicalize import canonicalize
 from .data import Dataset, Source, Splits, input_specs, open_dataset, split
@@ -24,8 +25,12 @@ from .load import load
 from .model import Model
 from .options import Runtime
 from .price import SizePricer
+from .propose import Allowed
+from .regions import Carrier, find_carriers
+from .sensitivity import PROBE_SAMPLES, Probe
 from .sites import Sites, Skip, find_sites, without_broken
 from .targets import TARGETS
+from .units import activation_values
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,10 @@ class Settings:
         include: regular expressions; only sites that match one are touched.
         exclude: regular expressions; sites that match one are left alone.
         decompositions: names of the forms that may be used; empty for all.
-        storages: names of the storages that may be used; empty for all.
+        storages: names of the storages that may be used; empty for those that race by default.
+        arithmetics: names of the arithmetics that layers may compute in; empty for all of the target.
+        expand: whether stored weights may be expanded when the model is loaded.
+        ranges: how the ranges of quantized activations are calibrated: "auto", or a method of `passes.ranges`.
         samples: most samples used; None for all.
         seed: of every random choice.
         cache: folder of the cache; None for none.
@@ -61,6 +69,17 @@ class Settings:
     seed: int = 0
     cache: Path | None = None
     output_name: str = "model.onnx"
+    arithmetics: tuple[str, ...] = ()
+    expand: bool = True
+    ranges: str = "auto"
+
+    def allowed(self) -> Allowed:
+        """The forms that the user and the target admit.
+
+        Raises:
+            InputError: a name is unknown, or the target lacks it.
+        """
+        return TARGETS[self.target].allowed(self.decompositions, self.storages, self.arithmetics, expand=self.expand)
 
 
 @dataclass
@@ -93,6 +112,8 @@ class Job:
         splits: which samples fit, choose and verify.
         kinds: what the outputs hold.
         shapes: around each site at the latency batch.
+        carriers: operators without weights that may run in integers.
+        value_shapes: of the activations around sites and carriers, at the latency batch.
         settings: the settings.
         calibration: how models are run while statistics are gathered.
     """
@@ -106,6 +127,8 @@ class Job:
     splits: Splits
     kinds: tuple[Kind, ...]
     shapes: Mapping[str, Shapes]
+    carriers: tuple[Carrier, ...]
+    value_shapes: Mapping[str, tuple[int, ...]]
     settings: Settings
     calibration: Runtime
     clock: Clock
@@ -119,6 +142,12 @@ class Job:
     def small(self) -> bool:
         """Whether two copies of the model may be held in memory for nothing but a measurement."""
         return self.original.size_bytes <= self.settings.runtime.memory_limit_bytes
+
+    def probe(self, count: int = PROBE_SAMPLES) -> Probe:
+        """Measures damage to the model's outputs on a few of the fit samples."""
+        rng = np.random.default_rng(self.settings.seed)
+        chosen = rng.choice(self.splits.fit, min(count, len(self.splits.fit)), replace=False)
+        return Probe(self.model, self.kinds, self.data, np.sort(chosen), self.calibration)
 
     def sizes(self) -> SizePricer:
         """Prices of forms and plans in bytes of the file that will be written."""
@@ -154,4 +183,8 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
         calibration = replace(calibration, memory_limit_bytes=calibration.memory_limit_bytes // 4)
     with clock.phase("calibrate"):
         shapes = observe(model, sites.sites, dataset.first(1), calibration)
-    return Job(original, model, canonicalization, sites, excluded, dataset, splits, kinds, shapes, settings, calibration, clock)
+        carriers = find_carriers(model) if "integer" in settings.allowed().arithmetics else ()
+        values = value_shapes(model, activation_values(model, sites.sites, carriers), dataset.first(1), calibration)
+    return Job(
+        original, model, canonicalization, sites, excluded, dataset, splits, kinds, shapes, carriers, values, settings, calibration, clock
+    )

@@ -21,6 +21,7 @@ from .errors import InfeasibleError, VerificationError
 from .job import Job
 from .latency import PairedLatency, compare_models
 from .load import load
+from .loading import Loading, measure_loading
 from .model import Model
 from .options import Progress, silent
 from .plan import Correction, Menu, Plan, choose
@@ -56,6 +57,7 @@ class Outcome:
         choose_divergence: on the choose split.
         comparison: on the verify split.
         latency: end to end, against the original; None where the model is too large to hold twice.
+        loading: what it takes to load the original and the result; None where latency is.
         meets: whether every budget holds.
     """
 
@@ -67,6 +69,7 @@ class Outcome:
     choose_divergence: float
     comparison: Comparison
     latency: PairedLatency | None
+    loading: tuple[Loading, Loading] | None
     meets: bool
 
 
@@ -110,8 +113,7 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
             budget.minimize == "error" or choose_within(menu, budget, correction).forms == plan.forms
         ):
             break
-    if best is None:
-        raise InfeasibleError("no plan was made")
+    assert best is not None  # the first round ends in an attempt or in an InfeasibleError
     return verified(job, best.plan, budget, best.model, best.measured, sizes.total(best.plan.forms), timed=timed)
 
 
@@ -195,6 +197,17 @@ def _latency(job: Job, model: Model) -> PairedLatency:
     return compare_models(sessions[0], sessions[1], job.data.first(1), pairs=25)
 
 
+def _loading(job: Job, path: Path, folder: Path) -> tuple[Loading, Loading]:
+    """Of the original and of a file; an original in memory is written into a folder first."""
+    reference = job.original.path
+    if reference is None:
+        reference = folder / "original.onnx"
+        save(job.original, reference, source=None)
+    runtime = job.settings.runtime
+    first, second = (measure_loading(each, threads=runtime.threads, providers=runtime.providers) for each in (reference, path))
+    return first, second
+
+
 def verified(
     job: Job, plan: Plan, budget: Budget, model: Model, measured: float, predicted: int, *, timed: bool, enforce: bool = True
 ) -> Outcome:
@@ -220,6 +233,7 @@ def verified(
         metric = job.settings.metric if job.settings.labels else None
         comparison = compare(job.original, written, job.data, job.splits.verify, job.calibration, kind=job.settings.kind, metric=metric)
         latency = _latency(job, written) if timed else None
+        loading = _loading(job, path, Path(folder)) if timed else None
     broken = []
     if budget.size_bytes is not None and size > budget.size_bytes:
         broken.append(f"size {size} B is over the budget of {budget.size_bytes:.0f} B")
@@ -236,4 +250,4 @@ def verified(
             )
     if broken and enforce:
         raise VerificationError("verification failed on held-out data: " + "; ".join(broken) + "; nothing was written")
-    return Outcome(job, plan, model, size, predicted, measured, comparison, latency, not broken)
+    return Outcome(job, plan, model, size, predicted, measured, comparison, latency, loading, not broken)

@@ -9,14 +9,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.ops.storage import STORAGES
 from intaglio.solver import Budget, Cost, Option, Problem, Solution, solve
 
 from .errors import InfeasibleError, InputError
 
-VERSION = 1
+VERSION = 2
 """Of the file format."""
 
 UNITS = ("kl_nats", "relative_mse")
@@ -25,15 +26,16 @@ UNITS = ("kl_nats", "relative_mse")
 
 @dataclass(frozen=True)
 class Candidate:
-    """A form of one site with its price.
+    """A form of one site, or of an operator without a weight, with its price.
 
     Attributes:
         form: the form.
-        size_bytes: change of the file's size against the unchanged site, shared programs not counted.
-        latency_s: change of the latency of one run.
-        divergence: predicted divergence of the outputs if only this site changes.
+        size_bytes: change of the file's size against the unchanged site, shared resources not counted.
+        latency_s: change of the latency of one run, shared resources not counted.
+        divergence: predicted divergence of the outputs if only this weight changes.
         error: relative error of the layer's output.
-        shared: resources paid once per model.
+        needs: shared resources that are paid once, however many candidates need them, and not at all if one provides them.
+        provides: shared resources that nobody pays when it is chosen.
     """
 
     form: Form
@@ -41,7 +43,8 @@ class Candidate:
     latency_s: float
     divergence: float
     error: float
-    shared: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    provides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,16 +53,16 @@ class Menu:
 
     Attributes:
         model_sha256: identity of the model the menu was made for.
-        candidates: by site name, "unchanged" first.
+        candidates: by site name, "unchanged" first; operators without weights that may run in integers come after the sites.
         base: size, latency and divergence of the model with every site unchanged.
-        shared: bytes of each shared resource.
+        shared: cost of each shared resource: decode programs, and what lies between operators in floats and in integers.
         unit: of divergence: "kl_nats" or "relative_mse".
     """
 
     model_sha256: str
     candidates: Mapping[str, tuple[Candidate, ...]]
     base: Cost
-    shared: Mapping[str, int]
+    shared: Mapping[str, Cost]
     unit: str
 
 
@@ -97,21 +100,29 @@ class Plan:
     @property
     def divergence(self) -> float:
         """Predicted divergence of the whole plan, corrected."""
-        chosen = [self.candidate(site) for site in self.forms]
-        return self.correction.divergence * sum(c.divergence for c in chosen if c is not None)
+        return self.correction.divergence * (sum(c.divergence for c in self._chosen()) + sum(cost.divergence for cost in self._paid()))
 
     @property
     def size_bytes(self) -> int:
-        """Predicted bytes of the whole plan, to within a few bytes of field lengths."""
-        chosen = [c for c in map(self.candidate, self.forms) if c is not None]
-        shared = {name for c in chosen for name in c.shared}
-        return self.menu.base.size_bytes + sum(c.size_bytes for c in chosen) + sum(self.menu.shared[name] for name in shared)
+        """Predicted bytes of the whole plan, to within a few bytes of field lengths and of what quantized activations add."""
+        return self.menu.base.size_bytes + sum(c.size_bytes for c in self._chosen()) + sum(cost.size_bytes for cost in self._paid())
 
     @property
     def latency_s(self) -> float:
         """Predicted latency of the whole plan, corrected."""
-        chosen = [self.candidate(site) for site in self.forms]
-        return self.menu.base.latency_s + self.correction.latency * sum(c.latency_s for c in chosen if c is not None)
+        change_s = sum(c.latency_s for c in self._chosen()) + sum(cost.latency_s for cost in self._paid())
+        return self.menu.base.latency_s + self.correction.latency * change_s
+
+    def _chosen(self) -> list[Candidate]:
+        """The chosen candidates; forms that were written in by hand have none."""
+        return [candidate for candidate in map(self.candidate, self.forms) if candidate is not None]
+
+    def _paid(self) -> list[Cost]:
+        """The shared resources that the choice pays for."""
+        chosen = self._chosen()
+        needed = dict.fromkeys(name for candidate in chosen for name in candidate.needs)
+        provided = {name for candidate in chosen for name in candidate.provides}
+        return [self.menu.shared[name] for name in needed if name not in provided]
 
 
 def choose(menu: Menu, budget: Budget, correction: Correction = Correction(), usable: float = 1.0) -> Plan:
@@ -156,11 +167,15 @@ def _problem(menu: Menu, correction: Correction) -> Problem:
     Raises:
         ValueError: a cost is not finite, or a candidate shares an unknown resource.
     """
+    seconds, divergence = correction.latency, correction.divergence
     groups = tuple(
-        tuple(Option(c.size_bytes, correction.latency * c.latency_s, correction.divergence * c.divergence, c.shared) for c in candidates)
+        tuple(Option(c.size_bytes, seconds * c.latency_s, divergence * c.divergence, c.needs, c.provides) for c in candidates)
         for candidates in menu.candidates.values()
     )
-    return Problem(groups, menu.base, menu.shared)
+    shared = {
+        name: Cost(cost.size_bytes, seconds * cost.latency_s, divergence * cost.divergence) for name, cost in menu.shared.items()
+    }
+    return Problem(groups, menu.base, shared)
 
 
 def infeasible_message(menu: Menu, budget: Budget, solution: Solution, spare_bytes: int = 0, usable: float = 1.0) -> str:
@@ -208,12 +223,8 @@ def to_json(plan: Plan) -> str:
                 "divergence": plan.budget.divergence,
                 "minimize": plan.budget.minimize,
             },
-            "base": {
-                "size_bytes": plan.menu.base.size_bytes,
-                "latency_s": plan.menu.base.latency_s,
-                "divergence": plan.menu.base.divergence,
-            },
-            "shared": dict(plan.menu.shared),
+            "base": _cost_json(plan.menu.base),
+            "shared": {name: list(cost.values()) for name, cost in plan.menu.shared.items()},
             "correction": {
                 "divergence": plan.correction.divergence,
                 "latency": plan.correction.latency,
@@ -232,7 +243,10 @@ def to_json(plan: Plan) -> str:
             },
             "sites": {name: _form_json(form) for name, form in plan.forms.items()},
             "candidates": {
-                name: [[*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, list(c.shared)] for c in candidates]
+                name: [
+                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, list(c.needs), list(c.provides)]
+                    for c in candidates
+                ]
                 for name, candidates in plan.menu.candidates.items()
             },
         },
@@ -246,15 +260,21 @@ def _form_json(form: Form) -> dict[str, object]:
         "ranks": list(form.ranks),
         "storage": form.storage,
         "execution": form.execution,
+        "arithmetic": form.arithmetic,
     }
 
 
-def _form(decomposition: object, ranks: object, storage: object, execution: object, where: str) -> Form:
-    if not (isinstance(decomposition, str) and isinstance(storage, str) and isinstance(execution, str) and isinstance(ranks, list)):
-        raise InputError(f"{where}: expected decomposition, ranks, storage and execution; see a plan that `intaglio plan` wrote")
+def _cost_json(cost: Cost) -> dict[str, float]:
+    return {"size_bytes": cost.size_bytes, "latency_s": cost.latency_s, "divergence": cost.divergence}
+
+
+def _form(decomposition: object, ranks: object, storage: object, execution: object, arithmetic: object, where: str) -> Form:
+    if not all(isinstance(word, str) for word in (decomposition, storage, execution, arithmetic)) or not isinstance(ranks, list):
+        raise InputError(f"{where}: expected decomposition, ranks, storage, execution and arithmetic; see a plan that `intaglio plan` wrote")
+    decomposition, storage, execution, arithmetic = map(str, (decomposition, storage, execution, arithmetic))
     if not all(type(r) is int and r > 0 for r in ranks):
         raise InputError(f"{where}: ranks {ranks} are not positive whole numbers; write for example [64]")
-    form = Form(decomposition, tuple(ranks), storage, execution)
+    form = Form(decomposition, tuple(ranks), storage, execution, arithmetic)
     known = {("unchanged", "dense"), ("dense", "dense"), *DECOMPOSITIONS}
     if (decomposition, execution) not in known:
         raise InputError(
@@ -262,7 +282,11 @@ def _form(decomposition: object, ranks: object, storage: object, execution: obje
         )
     if storage not in STORAGES:
         raise InputError(f"{where}: unknown storage {storage!r}; expected one of {', '.join(STORAGES)}")
-    return UNCHANGED if decomposition == "unchanged" else form
+    if arithmetic not in ("float", *ARITHMETICS):
+        raise InputError(f"{where}: unknown arithmetic {arithmetic!r}; expected one of float, {', '.join(ARITHMETICS)}")
+    if decomposition == "unchanged":
+        return CARRIED if arithmetic == CARRIED.arithmetic else UNCHANGED
+    return form
 
 
 def read_plan(path: Path) -> Plan:
@@ -283,12 +307,13 @@ def read_plan(path: Path) -> Plan:
         candidates = {
             name: tuple(
                 Candidate(
-                    _form(row[0], row[1], row[2], row[3], f"plan {path}, candidate of {name}"),
-                    int(row[4]),
-                    float(row[5]),
+                    _form(row[0], row[1], row[2], row[3], row[4], f"plan {path}, candidate of {name}"),
+                    int(row[5]),
                     float(row[6]),
                     float(row[7]),
-                    tuple(row[8]),
+                    float(row[8]),
+                    tuple(row[9]),
+                    tuple(row[10]),
                 )
                 for row in rows
             )
@@ -299,7 +324,7 @@ def read_plan(path: Path) -> Plan:
             str(document["model_sha256"]),
             candidates,
             Cost(int(base["size_bytes"]), float(base["latency_s"]), float(base["divergence"])),
-            {name: int(size_bytes) for name, size_bytes in document["shared"].items()},
+            {name: Cost(int(cost[0]), float(cost[1]), float(cost[2])) for name, cost in document["shared"].items()},
             document["unit"],
         )
         if menu.unit not in UNITS:
@@ -307,7 +332,7 @@ def read_plan(path: Path) -> Plan:
         limits = document["budget"]
         budget = Budget(limits["size_bytes"], limits["latency_s"], limits["divergence"], limits["minimize"])
         forms = {
-            name: _form(f["decomposition"], f["ranks"], f["storage"], f["execution"], f"plan {path}, site {name}")
+            name: _form(f["decomposition"], f["ranks"], f["storage"], f["execution"], f["arithmetic"], f"plan {path}, site {name}")
             for name, f in document["sites"].items()
         }
         known = document["correction"]

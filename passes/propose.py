@@ -1,29 +1,42 @@
 """Propose candidates: every form that a site can take, with its relative local error, from a few spectra per site.
 
-Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding
-errors of the dense weight are computed; those of factors are computed once per decomposition and storage, at a middle rank, and
-taken for the other ranks.
+Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding errors are
+computed for some channels of the dense weight in each storage; those of factors are computed once per decomposition, in one storage at a
+middle rank, and follow the dense errors for other storages. What error-compensated rounding gains is measured once per site, on a few
+outputs: the share of the error that it takes away hardly depends on the number of bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS, Decomposition
+from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import UNCHANGED, Form
 from intaglio.ops.moment import Moment
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.rounding import feedback, round_compensated
+from intaglio.ops.storage import STORAGES, Grid, is_scalar
 
-from .fit import fit_factors, form_error
-from .rewrite import declines
+from .fit import fit_factors, form_error, importance
+from .rewrite import array_specs, declines
 from .sites import Site
 
 WORST_ERROR = 0.7
 """Forms that lose more of a layer's output than this are not worth pricing."""
+
+SAMPLED_ENTRIES = 1 << 18
+"""About how many entries of a weight its rounding errors are computed on."""
+
+_GAIN_OUTPUTS = 48
+"""On how many outputs of a layer the gain of compensated rounding is measured."""
+
+_PROBE_STORAGE = "int4"
+"""In which the rounding of factors is measured."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +62,27 @@ class Allowed:
         decompositions: names; "dense" stands for storing the whole weight in fewer bits.
         storages: names.
         executions: "dense" and "contract".
+        arithmetics: "float" and names of `ops.arithmetic`.
+        expand: whether stored weights may be expanded when the model is loaded.
     """
 
     decompositions: tuple[str, ...] = ("dense", *dict.fromkeys(name for name, _ in DECOMPOSITIONS))
     storages: tuple[str, ...] = tuple(STORAGES)
     executions: tuple[str, ...] = ("dense", "contract")
+    arithmetics: tuple[str, ...] = ("float", *ARITHMETICS)
+    expand: bool = True
+
+    def admits(self, form: Form) -> bool:
+        """Whether a form's arithmetic is allowed, and its expansion."""
+        return form.arithmetic in self.arithmetics and (self.expand or not expands(form))
+
+
+def expands(form: Form) -> bool:
+    """Whether a form's weight takes more memory once the model is loaded than in the file."""
+    packed = form.decomposition == "dense" or form.execution == "contract"
+    native = STORAGES[form.storage].arithmetics is not None or form.arithmetic == "rows"
+    whole_bytes = form.storage == "int8" and form.arithmetic in ("integer", "dynamic")
+    return form != UNCHANGED and not (packed and (form.storage == "float" or native or whole_bytes))
 
 
 def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: Allowed) -> tuple[tuple[Proposal, ...], tuple[str, ...]]:
@@ -69,19 +98,15 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
         The proposals, "unchanged" first, and why whole kinds of forms were declined.
     """
     weight = site.matrix(value)
-    proposals = [Proposal(UNCHANGED, 0.0, 0.0)]
-    reasons: list[str] = []
     if not np.isfinite(weight).all():
-        return tuple(proposals), ("it holds values that are not finite",)
-    for storage in allowed.storages:
-        form = Form("dense", (), storage)
-        reason = declines(site, form)
-        if storage == "float" or "dense" not in allowed.decompositions:
-            continue
-        if reason:
-            reasons.append(f"{form}: {reason}")
-            continue
-        proposals.append(Proposal(form, 0.0, form_error(site, form, value, weight, moment)))
+        return (Proposal(UNCHANGED, 0.0, 0.0),), ("it holds values that are not finite",)
+    reasons: list[str] = []
+    rounding = _rounding_errors(site, value, weight, moment, allowed.storages, reasons)
+    proposals = [
+        Proposal(Form("dense", (), storage), 0.0, error)
+        for storage, error in rounding.items()
+        if "dense" in allowed.decompositions and storage != "float"
+    ]
     priced: dict[str, _Prices] = {}
     for (name, execution), decomposition in DECOMPOSITIONS.items():
         if name not in allowed.decompositions or execution not in allowed.executions:
@@ -91,13 +116,94 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
             reasons.append(f"{name}/{execution}: {reason}")
             continue
         if name not in priced:  # how the factors run changes neither what they leave out nor, to speak of, how they round
-            priced[name] = _prices(site, decomposition, weight, value, moment, allowed.storages)
+            priced[name] = _prices(site, decomposition, weight, value, moment)
         prices = priced[name]
-        forms = [(Form(name, rank, storage, execution), error) for storage in allowed.storages for rank, error in prices.truncation]
+        factor = prices.rounding / rounding[_PROBE_STORAGE] if rounding.get(_PROBE_STORAGE) else 1.0
         proposals += [
-            Proposal(form, error, prices.rounding[form.storage] * (1 - error)) for form, error in forms if declines(site, form) is None
+            Proposal(Form(name, rank, storage, execution), error, factor * each * (1 - error))
+            for storage, each in rounding.items()
+            for rank, error in prices.truncation
         ]
-    return tuple(p for p in proposals if p.truncation + p.rounding <= WORST_ERROR), tuple(reasons)
+    again = {name: 0.0 if _has_integers(site, name) else rounding.get("int8", 0.0) for name in rounding}
+    every = [variant for proposal in proposals for variant in _variants(site, proposal, allowed, again)]
+    return (Proposal(UNCHANGED, 0.0, 0.0), *every), tuple(reasons)
+
+
+def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str, float]) -> Iterator[Proposal]:
+    """The proposal in every arithmetic that admits it; `again`: relative error of rounding what a storage holds to eight bits."""
+    if proposal.truncation + proposal.rounding > WORST_ERROR:
+        return
+    for arithmetic in allowed.arithmetics:
+        form = replace(proposal.form, arithmetic=arithmetic)
+        if form.arithmetic != "float" and form.storage in ("float", "fp16"):
+            continue
+        if allowed.admits(form) and declines(site, form) is None:
+            product = form.decomposition != "dense" and form.execution == "dense"
+            eight_bits = arithmetic in ("integer", "dynamic")
+            extra = max(again.values()) if eight_bits and product else again[form.storage] if eight_bits else 0.0
+            yield replace(proposal, form=form, rounding=proposal.rounding + extra)
+
+
+def _has_integers(site: Site, storage: str) -> bool:
+    """Whether a storage holds the site's weight as integers with one scale per channel, so that integer kernels can read them as they are."""
+    ((spec, axis),) = array_specs(site, Form("dense"))
+    scratch = Emitter(Target(site.opset, False, "scratch"))
+    return STORAGES[storage].emit_integer(scratch, "", STORAGES[storage].layout(spec, axis), spec, axis) is not None
+
+
+def _rounding_errors(
+    site: Site,
+    value: NDArray[np.generic],
+    weight: NDArray[np.float64],
+    moment: Moment,
+    storages: Sequence[str],
+    reasons: list[str],
+) -> dict[str, float]:
+    """Relative error of the dense weight in each storage that can hold it; `reasons` takes up why the others cannot.
+
+    Rounding errors of different entries are unrelated, so diag(A) alone prices them; compensated rounding turns them towards directions
+    in which A is weak, which `_compensation_gain` measures.
+    """
+    ((spec, axis),) = array_specs(site, Form("dense"))
+    count = spec.shape[axis]
+    step = max(1, site.elements // SAMPLED_ENTRIES)
+    channels = np.arange(0, count, step)
+    part = np.take(value, channels, axis)
+    weights = importance(site, moment)
+    weights = weights if weights.shape[axis] == 1 else np.take(weights, channels, axis)
+    energy = moment.energy(weight)
+    if energy <= 0:
+        return dict.fromkeys(storages, 0.0)
+    exact = np.asarray(part, np.float64)
+    whole = Moment(moment.diag, moment.rows).energy(weight) / energy  # of the diagonal, relative to that of A itself
+    scale = whole / max(float((weights * exact**2).sum()), np.finfo(np.float64).tiny)
+    gain = _compensation_gain(weight, moment)
+    errors = {}
+    for name in storages:
+        storage, sampled = STORAGES[name], Spec(part.shape, part.dtype)
+        reason = storage.accepts(spec) or storage.accepts(sampled)
+        if reason is None and storage.min_opset(spec) > site.opset:
+            reason = f"needs opset {storage.min_opset(spec)}, the model has {site.opset}"
+        if reason:
+            reasons.append(f"{name}: {reason}")
+            continue
+        decoded = np.asarray(storage.decode(storage.encode(part, axis, weights), sampled), np.float64)
+        errors[name] = scale * float((weights * (exact - decoded) ** 2).sum()) * (gain if is_scalar(storage) else 1.0)
+    return errors
+
+
+def _compensation_gain(weight: NDArray[np.float64], moment: Moment) -> float:
+    """Share of the error of rounding to nearest that is left by compensated rounding, on a few outputs and a 4-bit grid."""
+    if moment.diagonal:
+        return 1.0
+    some = weight[:, :: max(1, weight.shape[1] // _GAIN_OUTPUTS)][:, :_GAIN_OUTPUTS]
+    scale = np.abs(some).max(axis=2, keepdims=True) / 7
+    grid = Grid(np.where(scale > 0, scale, 1).astype(np.float32), np.zeros((1, 1, 1), np.float32), -7, 7)
+    nearest, compensated = (
+        moment.energy(some, np.asarray(grid.values(codes), np.float64))
+        for codes in (grid.nearest(some), round_compensated(some, grid, feedback(moment)))
+    )
+    return min(1.0, compensated / nearest) if nearest > 0 else 1.0
 
 
 @dataclass(frozen=True)
@@ -106,34 +212,27 @@ class _Prices:
 
     Attributes:
         truncation: (ranks, relative error) over the grid.
-        rounding: storage → relative error that storing the factors adds.
+        rounding: relative error that storing the factors of the middle rank in `_PROBE_STORAGE` adds.
     """
 
     truncation: tuple[tuple[tuple[int, ...], float], ...]
-    rounding: dict[str, float]
+    rounding: float
 
 
 def _prices(
-    site: Site,
-    decomposition: Decomposition,
-    weight: NDArray[np.float64],
-    value: NDArray[np.generic],
-    moment: Moment,
-    storages: Sequence[str],
+    site: Site, decomposition: Decomposition, weight: NDArray[np.float64], value: NDArray[np.generic], moment: Moment
 ) -> _Prices:
     """Truncation at every rank of the grid, and rounding at the middle one."""
     ranks = decomposition.grid(site.use)
-    rounding = dict.fromkeys(storages, 0.0)
     if not ranks:
-        return _Prices((), rounding)
+        return _Prices((), 0.0)
     errors = decomposition.errors(weight, moment, site.use, ranks)
-    middle = len(ranks) // 2
-    form = Form(decomposition.name, ranks[middle], "float", decomposition.execution)
-    factors = fit_factors(site, form, weight, moment)
-    exact = form_error(site, form, value, weight, moment, factors)
-    for storage in storages:
-        stored = replace(form, storage=storage)
-        if storage != "float" and declines(site, stored) is None:
-            total = form_error(site, stored, value, weight, moment, factors)
-            rounding[storage] = max(0.0, total - exact) / max(1e-12, 1 - exact)
+    form = Form(decomposition.name, ranks[len(ranks) // 2], "float", decomposition.execution)
+    stored = replace(form, storage=_PROBE_STORAGE)
+    rounding = 0.0
+    if declines(site, stored) is None:
+        factors = fit_factors(site, form, weight, moment)
+        exact = form_error(site, form, value, weight, moment, factors)
+        total = form_error(site, stored, value, weight, moment, factors)
+        rounding = max(0.0, total - exact) / max(1e-12, 1 - exact)
     return _Prices(tuple(zip(ranks, errors, strict=True)), rounding)

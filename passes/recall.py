@@ -7,6 +7,7 @@ holds no arrays. Latencies are cached by themselves, by structure (see `MicroBen
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import astuple, dataclass
 from typing import Any, cast
 
@@ -20,7 +21,7 @@ from .propose import Allowed, Proposal
 from .sensitivity import Curve, Sensitivity
 from .session import RUNTIME_VERSION
 
-REVISION = 2
+REVISION = 3
 """Counts up whenever proposals or curves come out differently for the same model and data."""
 
 _NAMESPACE = "analysis"
@@ -55,11 +56,20 @@ class Findings:
         """Store a site's finding."""
         self._cache.put_json(_NAMESPACE, digest(self._key, site), _plain(finding))
 
+    def activations(self) -> dict[str, float] | None:
+        """What `put_activations` stored, or None."""
+        known = self._cache.get_json(_NAMESPACE, digest(self._key, "activations"))
+        return None if known is None else {name: float(cost) for name, cost in cast(dict[str, Any], known).items()}
+
+    def put_activations(self, divergence: Mapping[str, float]) -> None:
+        """Store what rounding each activation costs at the outputs."""
+        self._cache.put_json(_NAMESPACE, digest(self._key, "activations"), dict(divergence))
+
 
 def _plain(finding: Finding) -> Json:
     return {
         "proposals": [
-            [p.form.decomposition, list(p.form.ranks), p.form.storage, p.form.execution, p.truncation, p.rounding]
+            [p.form.decomposition, list(p.form.ranks), p.form.storage, p.form.execution, p.form.arithmetic, p.truncation, p.rounding]
             for p in finding.proposals
         ],
         "rounding": [list(point) for point in finding.curves.rounding.points],
@@ -72,8 +82,8 @@ def _finding(plain: Json) -> Finding:
     rounding, truncation = (Curve(tuple((error, value) for error, value in known[name])) for name in ("rounding", "truncation"))
     return Finding(
         tuple(
-            Proposal(Form(decomposition, tuple(ranks), storage, execution), left_out, rounded)
-            for decomposition, ranks, storage, execution, left_out, rounded in known["proposals"]
+            Proposal(Form(decomposition, tuple(ranks), storage, execution, arithmetic), left_out, rounded)
+            for decomposition, ranks, storage, execution, arithmetic, left_out, rounded in known["proposals"]
         ),
         Sensitivity(rounding, truncation),
     )

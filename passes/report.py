@@ -18,7 +18,7 @@ from typing import cast
 import onnx
 
 from intaglio import __version__
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 
 from .cache import Cache
 from .calibrate import sampled_positions
@@ -26,12 +26,14 @@ from .canonicalize import Report as CanonicalReport
 from .job import Job
 from .latency import MicroBench, PairedLatency
 from .load import load
+from .loading import Loading
 from .model import Model
 from .pipeline import Outcome
 from .plan import Candidate, Plan
-from .price import LatencyPricer, SizePricer
+from .price import SizePricer
 from .save import save
 from .sites import Site, Skip
+from .timing import LatencyPricer, changes_latency
 from .verify import Comparison
 
 
@@ -91,6 +93,22 @@ class LatencyFacts:
 
 
 @dataclass(frozen=True)
+class LoadingFacts:
+    """Seconds to create a session, and the most memory a fresh process takes for it, before and after."""
+
+    reference_s: float
+    candidate_s: float
+    reference_peak_bytes: int
+    candidate_peak_bytes: int
+
+    @staticmethod
+    def of(loading: tuple[Loading, Loading]) -> LoadingFacts:
+        """Of the original and of the result."""
+        reference, candidate = loading
+        return LoadingFacts(reference.seconds, candidate.seconds, reference.peak_bytes, candidate.peak_bytes)
+
+
+@dataclass(frozen=True)
 class DivergenceFacts:
     """Divergence of the outputs: "kl_nats" or "relative_mse"; predicted is None where a form was written in by hand."""
 
@@ -141,6 +159,7 @@ class SiteFacts:
         parameters: of the decomposition: {"rank": r}, {"ranks": [...]}, or nothing.
         storage: of the arrays.
         execution: "dense" or "contract".
+        arithmetic: "float", or what the layer computes in.
         reference_bytes: payload before.
         bytes: payload after.
         predicted_divergence: if only this site changed; None for a form that was written in by hand.
@@ -156,6 +175,7 @@ class SiteFacts:
     parameters: Mapping[str, int | list[int]]
     storage: str
     execution: str
+    arithmetic: str
     reference_bytes: int
     bytes: int
     predicted_divergence: float | None
@@ -167,7 +187,7 @@ class SiteFacts:
     def chosen(self) -> Form:
         """The form."""
         ranks = self.parameters.get("ranks", [self.parameters["rank"]] if "rank" in self.parameters else [])
-        return Form(self.form, tuple(cast(list[int], ranks)), self.storage, self.execution)
+        return Form(self.form, tuple(cast(list[int], ranks)), self.storage, self.execution, self.arithmetic)
 
 
 @dataclass(frozen=True)
@@ -223,6 +243,7 @@ class Report:
         output: the written file.
         size: of the written file.
         latency: None where it was not measured.
+        loading: None where it was not measured.
         divergence: on held-out data.
         agreement: share of held-out samples with the same top class; None where outputs are not class scores.
         metric: None without labels.
@@ -231,6 +252,7 @@ class Report:
         statistics: convolutions whose statistics are sampled.
         canonicalization: what was simplified before.
         sites: every weight that could change.
+        carriers: operators without weights that run in integers.
         skipped: every weight that could not.
         seconds: wall time per phase.
     """
@@ -241,6 +263,7 @@ class Report:
     output: FileFacts
     size: SizeFacts
     latency: LatencyFacts | None
+    loading: LoadingFacts | None
     divergence: DivergenceFacts
     agreement: float | None
     metric: MetricFacts | None
@@ -249,6 +272,7 @@ class Report:
     statistics: tuple[SampledFacts, ...]
     canonicalization: CanonicalReport
     sites: tuple[SiteFacts, ...]
+    carriers: tuple[str, ...]
     skipped: tuple[SkipFacts, ...]
     seconds: Mapping[str, float]
 
@@ -299,7 +323,7 @@ def report(outcome: Outcome) -> Report:
     job, plan, comparison = outcome.job, outcome.plan, outcome.comparison
     runtime = job.settings.runtime
     solution = plan.solution
-    by_hand = any(plan.candidate(site) is None for site in plan.forms)
+    by_hand = any(plan.candidate(name) is None for name in plan.forms)
     return Report(
         intaglio=__version__,
         status="met" if outcome.meets else "missed",
@@ -307,6 +331,7 @@ def report(outcome: Outcome) -> Report:
         output=FileFacts(None, None),
         size=SizeFacts.of(job.original.size_bytes, outcome.size_bytes),
         latency=None if outcome.latency is None else LatencyFacts.of(outcome.latency, runtime.providers, runtime.threads),
+        loading=None if outcome.loading is None else LoadingFacts.of(outcome.loading),
         divergence=DivergenceFacts(comparison.unit, None if by_hand else plan.divergence, comparison.divergence, comparison.samples),
         agreement=comparison.agreement,
         metric=MetricFacts.of(comparison),
@@ -317,6 +342,7 @@ def report(outcome: Outcome) -> Report:
         statistics=sampled_sites(job),
         canonicalization=job.canonicalization,
         sites=_sites(outcome),
+        carriers=tuple(name for name, form in plan.forms.items() if form == CARRIED),
         skipped=skip_facts((*job.sites.skipped, *job.excluded)),
         seconds=dict(job.clock.seconds),
     )
@@ -342,7 +368,7 @@ def latency_pricer(job: Job) -> LatencyPricer:
     """Measures single sites as the job's settings say."""
     settings = job.settings
     bench = MicroBench(Cache(settings.cache), settings.runtime.providers, settings.runtime.threads, budget_s=0.04)
-    return LatencyPricer(job.model, job.shapes, bench)
+    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes)
 
 
 def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:
@@ -357,7 +383,7 @@ def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> Si
     candidate = plan.candidate(site.name) if site.name in plan.forms else None
     before, after = sizes.weight_bytes(site, UNCHANGED), sizes.weight_bytes(site, form)
     reference_s = latency_s = None
-    if form.execution == "contract" and timer.measurable(site):  # other forms run the operator that was there before
+    if changes_latency(form) and timer.measurable(site):  # other forms run the operator that was there before
         reference_s, latency_s = timer.pair(site, form)
     return SiteFacts(
         name=site.name,
@@ -367,6 +393,7 @@ def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> Si
         parameters=parameters(form),
         storage=form.storage,
         execution=form.execution,
+        arithmetic=form.arithmetic,
         reference_bytes=before,
         bytes=after,
         predicted_divergence=None if candidate is None else plan.correction.divergence * candidate.divergence,
@@ -389,7 +416,7 @@ def _reason(form: Form, candidate: Candidate | None, candidates: int, before: in
     if form == UNCHANGED:
         return "no other form fits it" if candidates == 1 else f"none of {candidates - 1} other forms pays at this budget"
     saved = f"saves {1 - after / before:.0%} of its bytes"
-    return saved if form.execution == "dense" else f"{saved}, changes its latency by {1e6 * candidate.latency_s:+.0f} µs"
+    return saved if not changes_latency(form) else f"{saved}, changes its latency by {1e6 * candidate.latency_s:+.0f} µs"
 
 
 def to_json(document: object) -> str:

@@ -10,15 +10,17 @@ Both run on real arrays or on `Spec`s alone, which is how bytes are predicted ex
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
+from intaglio.ops.arithmetic import ARITHMETICS, Arithmetic, Operand, merge_quantizers
 from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
 from intaglio.ops.families import FAMILIES
-from intaglio.ops.form import Form
+from intaglio.ops.form import CARRIED, Form
 from intaglio.ops.storage import STORAGES
 
 from .canonicalize import remove_dead
@@ -43,10 +45,12 @@ class Fragment:
 
     Attributes:
         weights: decode nodes, which go where the weight was defined.
-        replacements: for a contracted form, the nodes that replace each use's operator, in the order of the site's uses.
+        replacements: the nodes that replace each use's operator, in the order of the site's uses; none where the operators stay.
         initializers: new initializers, by name.
         programs: decode programs that the nodes call, by name.
         tensors: initializers whose arrays the weight store has taken over already.
+        coupled: first outputs of the operators that run in integers once the activations around them are quantized.
+        changes: new contents of initializers that stay (corrected biases), by name.
     """
 
     weights: tuple[NodeProto, ...]
@@ -54,6 +58,8 @@ class Fragment:
     initializers: Mapping[str, Array]
     programs: Mapping[str, Program]
     tensors: tuple[TensorProto, ...] = ()
+    coupled: tuple[str, ...] = ()
+    changes: Mapping[str, NDArray[np.generic]] = field(default_factory=dict)
 
 
 def array_specs(site: Site, form: Form) -> tuple[tuple[Spec, int], ...]:
@@ -80,9 +86,18 @@ def _anchor_axis(site: Site, axis: int) -> int:
     return strides.index(step) if step in strides else 0
 
 
+def array_storages(form: Form, count: int) -> tuple[str, ...]:
+    """The storage of each of a form's `count` arrays."""
+    if form.decomposition == "dense":
+        return (form.storage,)
+    return DECOMPOSITIONS[form.decomposition, form.execution].storages(form.storage, count)
+
+
 def ghosts(site: Site, form: Form) -> Packed:
     """The packed arrays' specs: stands in for the arrays of `pack`."""
-    return tuple(STORAGES[form.storage].layout(spec, axis) for spec, axis in array_specs(site, form))
+    specs = array_specs(site, form)
+    storages = array_storages(form, len(specs))
+    return tuple(STORAGES[storage].layout(spec, axis) for storage, (spec, axis) in zip(storages, specs, strict=True))
 
 
 def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str]) -> Fragment:
@@ -96,11 +111,18 @@ def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: f
         taken: names that exist in the model.
     """
     emitter = Emitter(Target(opset(proto), proto.ir_version >= FUNCTION_IR, site.anchor, taken))
-    storage = STORAGES[form.storage]
+    if form.arithmetic == "float":
+        return _float_fragment(emitter, site, form, packed)
+    return _narrow_fragment(emitter, ARITHMETICS[form.arithmetic], site, form, packed)
+
+
+def _float_fragment(emitter: Emitter, site: Site, form: Form, packed: Packed) -> Fragment:
+    """The layer computes in the model's own type."""
     names = []
     dense = form.decomposition == "dense"
-    for number, (arrays, (spec, _)) in enumerate(zip(packed, array_specs(site, form), strict=True)):
-        names.append(storage.emit(emitter, "" if dense else str(number), arrays, spec, site.anchor if dense else None))
+    arrays = zip(packed, array_specs(site, form), array_storages(form, len(packed)), strict=True)
+    for number, (packs, (spec, _), storage) in enumerate(arrays):
+        names.append(STORAGES[storage].emit(emitter, "" if dense else str(number), packs, spec, site.anchor if dense else None))
     if form.execution == "dense":
         if not dense:
             DECOMPOSITIONS[form.decomposition, "dense"].emit(emitter, site.use, names, site.anchor)
@@ -112,6 +134,65 @@ def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: f
         DECOMPOSITIONS[form.decomposition, form.execution].emit(emitter, site_use.use, names, "")
         replacements.append(tuple(emitter.nodes))
     return Fragment(weights, tuple(replacements), emitter.initializers, emitter.programs)
+
+
+def _narrow_fragment(emitter: Emitter, arithmetic: Arithmetic, site: Site, form: Form, packed: Packed) -> Fragment:
+    """The layer computes in another arithmetic: its weights become operands, and each operator that reads one is lowered."""
+    whole = form.execution == "dense"
+    kept = whole and arithmetic.coupled  # the operators stay as they are and find the operand under the weight's name
+    output = site.anchor if kept else None
+    operands = [_product(emitter, arithmetic, site, form, packed, output)] if whole else _factors(emitter, arithmetic, site, form, packed)
+    weights = tuple(emitter.nodes)
+    if kept:
+        outputs = tuple(site_use.use.node.output[0] for site_use in site.uses)
+        return Fragment(weights, (), emitter.initializers, emitter.programs, coupled=outputs)
+    by_name = {operand.name: operand for operand in operands}
+    replacements, coupled = [], []
+    for site_use in site.uses:
+        emitter.nodes = []
+        if whole:
+            emitter.copy(site_use.use.node, {site_use.use.index: operands[0].name})
+        else:
+            DECOMPOSITIONS[form.decomposition, form.execution].emit(emitter, site_use.use, list(by_name), "")
+        floats, emitter.nodes = emitter.nodes, []
+        for node in floats:
+            index = next((i for i, name in enumerate(node.input) if name in by_name), None)
+            if index is None:
+                emitter.nodes.append(node)
+                continue
+            arithmetic.lower(emitter, node, index, by_name[node.input[index]])
+            coupled += [node.output[0]] if arithmetic.coupled else []
+        replacements.append(tuple(emitter.nodes))
+    return Fragment(weights, tuple(replacements), emitter.initializers, emitter.programs, coupled=tuple(coupled))
+
+
+def _factors(emitter: Emitter, arithmetic: Arithmetic, site: Site, form: Form, packed: Packed) -> list[Operand]:
+    """Every factor as an operand."""
+    storages = array_storages(form, len(packed))
+    return [
+        arithmetic.operand(emitter, str(number), STORAGES[storage], packs, spec, axis)
+        for number, (packs, (spec, axis), storage) in enumerate(zip(packed, array_specs(site, form), storages, strict=True))
+    ]
+
+
+def _product(emitter: Emitter, arithmetic: Arithmetic, site: Site, form: Form, packed: Packed, output: str | None) -> Operand:
+    """The whole weight as one operand: as it is stored, or a product that is multiplied out when the model is loaded."""
+    specs = array_specs(site, form)
+    if form.decomposition == "dense":
+        ((spec, axis),) = specs
+        return arithmetic.operand(emitter, "", STORAGES[form.storage], packed[0], spec, axis, output)
+    storages = array_storages(form, len(packed))
+    names = [
+        STORAGES[storage].emit(emitter, str(number), packs, spec)
+        for number, (packs, (spec, _), storage) in enumerate(zip(packed, specs, storages, strict=True))
+    ]
+    value = emitter.name("product")
+    DECOMPOSITIONS[form.decomposition, "dense"].emit(emitter, site.use, names, value)
+    axis = FAMILIES[site.use.key].channel_axis(site.use)
+    operand = arithmetic.from_value(emitter, value, Spec(site.shape, site.dtype), axis, output)
+    if operand is None:
+        raise TypeError(f"{form} of {site.name}: {arithmetic.name} takes no product of factors")
+    return operand
 
 
 def declines(site: Site, form: Form) -> str | None:
@@ -137,7 +218,34 @@ def declines(site: Site, form: Form) -> str | None:
         if form.execution == "contract" and any(use.scope != site.scope for use in site.uses):
             return "used in another graph than it is defined in"
         specs = array_specs(site, form)
-    return next((reason for spec, _ in specs if (reason := STORAGES[form.storage].accepts(spec))), None)
+    arrays = list(zip(specs, array_storages(form, len(specs)), strict=True))
+    for (spec, _), name in arrays:
+        storage = STORAGES[name]
+        reason = storage.accepts(spec)
+        if reason:
+            return reason
+        if storage.min_opset(spec) > site.opset:
+            return f"storage {name} needs opset {storage.min_opset(spec)}, the model has {site.opset}"
+        if storage.arithmetics is not None and form.arithmetic not in storage.arithmetics:
+            return f"storage {name} is read by {', '.join(storage.arithmetics)} only"
+    return None if form.arithmetic == "float" else _arithmetic_reason(site, form, arrays)
+
+
+def _arithmetic_reason(site: Site, form: Form, arrays: Sequence[tuple[tuple[Spec, int], str]]) -> str | None:
+    """None when the site's operators can compute in the form's arithmetic, else the reason why not."""
+    if form == CARRIED or form.decomposition == "unchanged":
+        return "a weight that stays as it is computes in floats"
+    arithmetic = ARITHMETICS[form.arithmetic]
+    for site_use in site.uses:
+        reason = arithmetic.declines(site_use.use, site.opset)
+        if reason:
+            return reason
+        if site_use.use.node.input[site_use.use.index] != site.anchor or site_use.scope != site.scope:
+            return "the weight is turned round before it is used"
+    if form.decomposition != "dense" and form.execution == "dense":
+        return arithmetic.product_reason
+    accepted = (arithmetic.accepts(STORAGES[name], spec, axis) for (spec, axis), name in arrays)
+    return next((reason for reason in accepted if reason), None)
 
 
 def _reads_alike(one: SiteUse, other: SiteUse) -> bool:
@@ -170,15 +278,20 @@ def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Sit
         if part.replacements:
             for site_use, nodes in zip(site.uses, part.replacements, strict=True):
                 _replace(body, copies[id(site_use.use.node)], nodes)
-            first = min(_position(body, nodes[0]) for nodes in part.replacements)
+            first = min(_position(body, nodes[0]) for nodes in part.replacements if nodes)
         else:
             _drop_anchor(body, site)
             first = next((i for i, node in enumerate(body.node) if site.anchor in reads(node)), len(body.node))
         _insert(body, first, part.weights)
+        for tensor in body.initializer:
+            if tensor.name in part.changes:
+                tensor.CopyFrom(numpy_helper.from_array(part.changes[tensor.name], tensor.name))
         for tensor in spooled(part, model.weights).tensors:
             body.initializer.append(tensor)
             if proto.ir_version < OPTIONAL_INPUT_IR and body is proto.graph:
                 body.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    merge_quantizers(proto.graph)
+    _import_domains(proto)
     _carry(proto, programs)
     return Model(remove_dead(proto), model.weights, model.path, model.size_bytes, model.sha256)
 
@@ -240,6 +353,13 @@ def _drop_anchor(body: GraphProto, site: Site) -> None:
         if value.name == site.anchor:
             del body.input[position]
             break
+
+
+def _import_domains(proto: ModelProto) -> None:
+    """Declare the domains of new nodes."""
+    known = {"", "ai.onnx", DOMAIN, *(entry.domain for entry in proto.opset_import)}
+    used = dict.fromkeys(node.domain for scope in scopes(proto) if isinstance(scope.body, GraphProto) for node in scope.body.node)
+    proto.opset_import.extend(helper.make_opsetid(domain, 1) for domain in used if domain not in known)
 
 
 def _carry(proto: ModelProto, programs: Mapping[str, Program]) -> None:

@@ -8,7 +8,7 @@ truncation (the weakest directions), from which every other form is priced.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,10 @@ from .model import Model
 from .options import Runtime
 from .rewrite import Fragment, rewrite
 from .sites import Site
+
+
+PROBE_SAMPLES = 48
+"""Samples on which damage is measured."""
 
 
 @dataclass(frozen=True)
@@ -81,14 +85,7 @@ class Probe:
         self._reference = list(executor.run(self._feeds))
 
     def _executor(self, proto: ModelProto) -> Executor:
-        return Executor(
-            proto,
-            self._model.weights,
-            self._outputs,
-            threads=self._runtime.threads,
-            providers=self._runtime.providers,
-            memory_limit_bytes=self._runtime.memory_limit_bytes,
-        )
+        return Executor.of(replace(self._model, proto=proto), self._outputs, self._runtime)
 
     def divergence(self, proto: ModelProto) -> float:
         """Divergence of a model with the same inputs and outputs."""

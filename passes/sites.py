@@ -78,6 +78,7 @@ class Site:
         sources: the stored tensors behind the anchor.
         widening: the DequantizeLinear or Cast node that makes the anchor; None where a tensor is the anchor.
         order: flat positions of the anchor's entries in the order in which the first use sees them; None where that is the same order.
+        opset: version of the model's default domain.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Site:
     sources: tuple[TensorProto, ...]
     widening: NodeProto | None
     order: NDArray[np.int64] | None
+    opset: int
 
     @property
     def op_type(self) -> str:
@@ -218,6 +220,7 @@ def find_sites(model: Model, *, min_elements: int = MIN_ELEMENTS) -> Sites:
                         anchor.sources,
                         anchor.widening,
                         uses[0].order,
+                        opset(model.proto),
                     )
                 )
             else:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.storage import STORAGES
 
@@ -20,26 +21,43 @@ class Target:
 
     Attributes:
         name: as given to --target.
-        storages: which storages its loader expands at load.
+        storages: which storages its loader expands at load, or reads as they are.
+        arithmetics: which arithmetics its providers compute in, besides floats.
+        domains: domains of operators that it has, besides the default one and functions that a model carries.
+        expands: whether its loader runs decode programs once, instead of in every inference.
     """
 
     name: str
     storages: tuple[str, ...]
+    arithmetics: tuple[str, ...]
+    domains: tuple[str, ...] = ()
+    expands: bool = True
 
-    def allowed(self, decompositions: Sequence[str], storages: Sequence[str]) -> Allowed:
-        """The user's choice within the target's.
+    def allowed(
+        self, decompositions: Sequence[str] = (), storages: Sequence[str] = (), arithmetics: Sequence[str] = (), *, expand: bool = True
+    ) -> Allowed:
+        """The user's choice within the target's; without one, the decompositions and arithmetics that it has, and the storages that race.
 
         Raises:
             InputError: a name is unknown, or the target lacks it.
         """
         names = ("dense", *dict.fromkeys(name for name, _ in DECOMPOSITIONS))
+        known = ("float", *self.arithmetics)
         for name in decompositions:
             if name not in names:
                 raise InputError(f"--decompositions {name}: unknown; expected some of {', '.join(names)}")
         for name in storages:
             if name not in self.storages:
                 raise InputError(f"--storages {name}: not available for target {self.name}; expected some of {', '.join(self.storages)}")
-        return Allowed(tuple(decompositions) or names, tuple(storages) or self.storages)
+        for name in arithmetics:
+            if name not in known:
+                raise InputError(f"--arithmetics {name}: not available for target {self.name}; expected some of {', '.join(known)}")
+        return Allowed(
+            tuple(decompositions) or names,
+            tuple(storages) or tuple(name for name in RACE if name in self.storages),
+            arithmetics=tuple(dict.fromkeys(("float", *arithmetics))) if arithmetics else known,
+            expand=expand and self.expands,
+        )
 
     def select(self, sites: Sites, include: Sequence[str], exclude: Sequence[str]) -> tuple[Sites, tuple[Skip, ...]]:
         """The sites that the user's expressions leave, and the others as skips.
@@ -73,13 +91,46 @@ def _matching(option: str, expression: str, sites: Sites) -> set[str]:
     return found
 
 
+RACE = (
+    "float",
+    "fp16",
+    "int8",
+    "int6",
+    "int5",
+    "int4",
+    "int3",
+    "int2",
+    "ternary",
+    "int4-b32",
+    "int3-b64",
+    "planes2.0",
+    "planes2.5",
+    "planes3.0",
+    "planes3.5",
+    "planes4.0",
+    "kmeans4",
+    "kmeans3",
+    "kmeans2",
+    "vq4x8",
+    "nbits8-b32",
+    "nbits4-b32",
+    "nbits4-b128",
+)
+"""The storages that race by default: the others differ from one of them in a detail and cost time to price."""
+
+_PORTABLE = tuple(name for name, storage in STORAGES.items() if storage.arithmetics is None)
+"""Storages that standard operators decode."""
+
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        Target("cpu", tuple(STORAGES)),
-        Target("cuda", tuple(STORAGES)),
-        Target("mobile", tuple(STORAGES)),
-        Target("web", tuple(STORAGES)),
+        Target("cpu", tuple(STORAGES), tuple(ARITHMETICS), ("com.microsoft",)),
+        # ONNX Runtime's CUDA provider has MatMulNBits and GatherBlockQuantized, but no 8-bit convolutions: they would run on the processor.
+        Target("cuda", tuple(STORAGES), ("nbits", "rows"), ("com.microsoft",)),
+        # NNAPI, Core ML and XNNPACK take Quantize/DequantizeLinear pairs and nothing outside the standard domain.
+        Target("mobile", _PORTABLE, ("integer", "rows")),
+        # The browser's WebAssembly build has the processor's standard kernels; what its WebGPU provider lacks falls back to them.
+        Target("web", _PORTABLE, ("integer", "dynamic", "rows")),
     )
 }
 """Every target, by name."""

@@ -82,17 +82,7 @@ def compare(
     """
     check_interface(reference, candidate)
     names = [value.name for value in reference.proto.graph.output]
-    executors = [
-        Executor(
-            model.proto,
-            model.weights,
-            names,
-            threads=runtime.threads,
-            providers=runtime.providers,
-            memory_limit_bytes=runtime.memory_limit_bytes,
-        )
-        for model in (reference, candidate)
-    ]
+    executors = [Executor.of(model, names, runtime) for model in (reference, candidate)]
     total = Divergence(output_kinds(reference.proto, kind))
     scores = [Metric(metric), Metric(metric)] if metric is not None else []
     chunks = list(data.feeds(indices, runtime.batch))

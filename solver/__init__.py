@@ -1,7 +1,8 @@
 """Which option each group gets: constrained choice over size, latency and divergence, with certificates."""
 
 from .budget import QUANTITIES, Budget, Cost, Nearest, Quantity
-from .knapsack import Option, Problem, Solution, Status, solve, total_cost
+from .knapsack import Solution, Status, solve
+from .problem import Option, Problem, total_cost
 
 __all__ = [
     "QUANTITIES",

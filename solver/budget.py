@@ -65,7 +65,8 @@ class Budget:
 
 @dataclass(frozen=True)
 class Nearest:
-    """What could be promised instead of an infeasible budget: one attained value for each limited quantity (None: not limited).
+    """What could be promised instead of an infeasible budget: one attained value for each limited quantity (None: not limited,
+    or none was found in time).
 
     Each value was attained by a choice that keeps all the *other* limits; for the quantities in `alone` there is no such choice
     (or none was found in time), and the value is attained with every other limit dropped.

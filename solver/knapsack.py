@@ -1,10 +1,14 @@
-"""The multiple-choice knapsack: one option per group, resources paid once, any mix of limits and objective.
+"""The multiple-choice knapsack: one option per group, coupled by resources, any mix of limits and objective.
 
     minimize    primary(x, y)
-    subject to  sum of x over a group = 1           exactly one option per group
-                sum of a group's x that use f <= y_f    a shared resource is paid once
-                quantity(x, y) <= limit             for every limited quantity
+    subject to  sum of x over a group = 1                   exactly one option per group
+                need(g, f) - provide(g, f) <= y_f           a resource is paid once, unless it is provided
+                require(g, f) - provide(g, f) <= 0          what is required is provided
+                quantity(x, y) <= limit                     for every limited quantity
                 x, y binary
+
+need(g, f) and require(g, f) are the sums of x over the options of group g that need or require resource f, provide(g, f) is the
+sum over the options of all other groups that provide it.
 
 The binary program is a vectorized cvxpy model solved by HiGHS, on a *core* of the options: the linear relaxation's multipliers
 give a Lagrangian bound L and, for every option, the least that choosing it adds to L (its reduced cost). A choice that uses any
@@ -20,7 +24,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -30,6 +34,8 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from .budget import QUANTITIES, Budget, Cost, Nearest, Quantity
+from .dominance import undominated
+from .problem import Problem, total_cost
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Floats = NDArray[np.float64]
@@ -44,65 +50,13 @@ _FEASIBLE = 2  # HighsInfo.primal_solution_status, kSolutionStatusFeasible
 
 
 @dataclass(frozen=True)
-class Option:
-    """One candidate of a group.
-
-    Attributes:
-        size_bytes: bytes of its own; may be negative when costs are differences.
-        latency_s: seconds; may be negative when costs are differences.
-        divergence: what it adds to the output divergence, >= 0.
-        shared: resources of the problem that it needs; each is paid once however many options use it.
-    """
-
-    size_bytes: int
-    latency_s: float
-    divergence: float
-    shared: tuple[str, ...] = ()
-
-    def costs(self) -> tuple[int, float, float]:
-        """Its own costs in the order of `QUANTITIES`."""
-        return self.size_bytes, self.latency_s, self.divergence
-
-
-@dataclass(frozen=True)
-class Problem:
-    """Groups of options, exactly one option of each to be chosen.
-
-    Attributes:
-        groups: at least one option each.
-        base: the cost of everything that is not decided.
-        shared: bytes of each shared resource, >= 0.
-
-    Raises:
-        ValueError: an empty group, a cost that is not finite, a negative divergence or resource, or an unknown resource.
-    """
-
-    groups: tuple[tuple[Option, ...], ...]
-    base: Cost
-    shared: Mapping[str, int]
-
-    def __post_init__(self) -> None:
-        for name, size_bytes in self.shared.items():
-            if size_bytes < 0:
-                raise ValueError(f"shared resource {name!r}: {size_bytes} bytes, expected at least 0")
-        for index, group in enumerate(self.groups):
-            if not group:
-                raise ValueError(f"group {index}: no options, expected at least one")
-            for option in group:
-                if not (all(map(math.isfinite, option.costs())) and option.divergence >= 0):
-                    raise ValueError(f"group {index}: {option}, expected finite costs and divergence >= 0")
-                for name in option.shared:
-                    if name not in self.shared:
-                        raise ValueError(f"group {index}: unknown shared resource {name!r}, add its bytes to `shared`")
-
-
-@dataclass(frozen=True)
 class Solution:
     """What was found and what was proved.
 
     Attributes:
         status: `optimal`: the choice keeps every limit and `gap` is within the requested gap; `feasible`: it keeps every limit,
-            but the proof ended with a larger gap (time limit); `infeasible`: it is proved that no choice keeps the limits;
+            but the proof ended with a larger gap (time limit); `infeasible`: it is proved that no choice keeps the limits
+            and has all that its options require;
             `unknown`: neither a choice nor a proof within the time limit.
         choice: index of the chosen option, per group; empty when infeasible or unknown.
         objective: total of the minimized quantity, in its own unit; inf without a choice.
@@ -111,7 +65,8 @@ class Solution:
             nearly nothing leave a large one.
         seconds: wall time of the search, the report on an infeasible budget included.
         candidates: number of options before any was discarded.
-        nearest: what could be promised instead; only when infeasible.
+        nearest: what could be promised instead; only when infeasible. None then, too, if the budget limits nothing, if the options'
+            requirements contradict each other whatever the budget, or if nothing was found in time.
         cost: total of the choice, recomputed exactly from the options; None without a choice.
     """
 
@@ -124,17 +79,6 @@ class Solution:
     candidates: int
     nearest: Nearest | None
     cost: Cost | None
-
-
-def total_cost(problem: Problem, choice: Sequence[int]) -> Cost:
-    """The cost of a choice (one option index per group): sizes in exact integers, the rest correctly rounded sums."""
-    options = [group[index] for group, index in zip(problem.groups, choice, strict=True)]
-    used = {name for option in options for name in option.shared}
-    return Cost(
-        problem.base.size_bytes + sum(option.size_bytes for option in options) + sum(problem.shared[name] for name in used),
-        math.fsum([problem.base.latency_s, *(option.latency_s for option in options)]),
-        math.fsum([problem.base.divergence, *(option.divergence for option in options)]),
-    )
 
 
 def solve(problem: Problem, budget: Budget, *, gap: float = 1e-4, time_limit_s: float = 10.0) -> Solution:
@@ -158,39 +102,6 @@ def solve(problem: Problem, budget: Budget, *, gap: float = 1e-4, time_limit_s: 
     return replace(solution, seconds=time.perf_counter() - start_s)
 
 
-def undominated(problem: Problem, budget: Budget) -> tuple[tuple[int, ...], ...]:
-    """Per group, the indices of the options that an optimum may need.
-
-    An option is dominated if another of its group costs no more of any quantity that `budget` limits or minimizes, even if it
-    has to pay for the shared resources that only it uses. Of equivalent options the one with the smaller other costs, then the
-    first, stays.
-    """
-    relevant = _relevant(budget)
-    return tuple(_undominated_in(group, relevant, problem.shared) for group in problem.groups)
-
-
-def _relevant(budget: Budget) -> list[int]:
-    """Indices of the quantities that are limited or minimized."""
-    return [i for i, limit in enumerate(budget.limits()) if limit is not None or QUANTITIES[i] == budget.minimize]
-
-
-def _undominated_in(group: tuple[Option, ...], relevant: list[int], shared: Mapping[str, int]) -> tuple[int, ...]:
-    costs = np.array([option.costs() for option in group], dtype=np.float64)
-    names = sorted({name for option in group for name in option.shared})
-    uses = np.array([[name in option.shared for name in names] for option in group], dtype=np.float64)
-    resource_bytes = np.array([shared[name] for name in names], dtype=np.float64)
-    extra_bytes = (uses * resource_bytes) @ (1 - uses).T  # [a, b]: what choosing a instead of b may cost in resources
-    no_worse = np.ones((len(group), len(group)), dtype=np.bool_)  # [a, b]: a can replace b in any choice
-    for i in relevant:
-        column = costs[:, i]
-        no_worse &= column[:, None] + (extra_bytes if QUANTITIES[i] == "size" else 0.0) <= column[None, :]
-    rest = [i for i in range(len(QUANTITIES)) if i not in relevant]
-    rank = np.empty(len(group), dtype=np.int64)
-    rank[sorted(range(len(group)), key=lambda index: (*costs[index, rest], index))] = np.arange(len(group))
-    dominated = (no_worse & (~no_worse.T | (rank[:, None] < rank[None, :]))).any(axis=0)
-    return tuple(np.flatnonzero(~dominated).tolist())
-
-
 @dataclass(frozen=True)
 class _Program:
     """The binary program over columns [options of all groups..., resources..., one constant fixed at 1].
@@ -204,7 +115,7 @@ class _Program:
         group: (options,), the group of each option column.
         option: (options,), the index of each option column in its group.
         partition: (groups + 1, columns), equals 1.
-        sharing: (pairs, columns), at most 0.
+        coupling: (couplings, columns), at most 0: what the options of a group need or require, less what others provide or pay.
         limits: (limits, columns), at most `rhs`, which excludes the constant; scaled to coefficients of at most `_ROW_SCALE`.
         rhs: (limits,).
     """
@@ -215,7 +126,7 @@ class _Program:
     group: Indices
     option: Indices
     partition: sp.csr_array
-    sharing: sp.csr_array
+    coupling: sp.csr_array
     limits: Floats
     rhs: Floats
 
@@ -231,8 +142,8 @@ class _Program:
         return tuple(self.option[columns[firsts]].tolist())
 
     def admits(self, choice: tuple[int, ...]) -> bool:
-        """Whether the exact cost of `choice` keeps every limit."""
-        return self.budget.admits(total_cost(self.problem, choice))
+        """Whether `choice` has what it requires, and its exact cost keeps every limit."""
+        return self.problem.allows(choice) and self.budget.admits(total_cost(self.problem, choice))
 
     def objective(self, choice: tuple[int, ...]) -> float:
         """The exact total of the minimized quantity."""
@@ -241,9 +152,9 @@ class _Program:
 
 @dataclass(frozen=True)
 class _Multipliers:
-    """Prices of the rows of a program's `sharing` (pairs,) and `limits` (limits,), in units of the primary cost."""
+    """Prices of the rows of a program's `coupling` (couplings,) and `limits` (limits,), in units of the primary cost."""
 
-    sharing: Floats
+    coupling: Floats
     limits: Floats
 
 
@@ -258,29 +169,23 @@ def _program(problem: Problem, budget: Budget) -> _Program | None:
     spread = costs - minima[:, group]
     constant = np.array([math.fsum([base, *least]) for base, least in zip(problem.base.values(), minima, strict=True)])
 
-    possible = np.ones(len(chosen), dtype=np.bool_)
-    rooms: list[tuple[int, float, float]] = []
-    for i, limit in enumerate(budget.limits()):
-        if limit is not None:
-            room = limit - constant[i]
-            total = max(abs(limit), abs(constant[i]))
-            noise = 1e-12 * total  # rounding of the sums: a limit may be attained exactly
-            if room < -noise:
-                return None
-            possible &= spread[i] <= room + noise
-            rooms.append((i, room, total))
+    needed = {name for candidate in chosen for name in candidate.shared}
+    names = [name for name, cost in problem.shared.items() if name in needed and any(cost.values())]
+    resources = np.array([problem.shared[name].values() for name in names], dtype=np.float64).reshape(-1, len(QUANTITIES)).T
+    rooms = _rooms(budget, constant)
+    possible, payable = _affordable(spread, rooms), _affordable(resources, rooms)
     group, option, spread = group[possible], option[possible], spread[:, possible]
-    if len(np.unique(group)) < len(kept):
+    if len(np.unique(group)) < len(kept) or not _affordable(np.zeros((len(QUANTITIES), 1)), rooms).all():
         return None
 
-    names = [name for name, size_bytes in problem.shared.items() if size_bytes > 0]
-    resources = np.zeros((len(QUANTITIES), len(names)))
-    resources[0] = [problem.shared[name] for name in names]
+    resources = resources[:, payable]
+    paid = [name for name, affordable in zip(names, payable, strict=True) if affordable]
+    unpaid = frozenset(names).difference(paid)
     columns = np.concatenate([spread, resources, constant[:, None]], axis=1)
-    rows = np.concatenate([spread, resources, np.zeros((len(QUANTITIES), 1))], axis=1)[[i for i, _, _ in rooms]]
-    least_peak = [1e-7 * total for _, _, total in rooms]  # keeps the rounding of the sums below the solver's tolerance
+    rows = np.concatenate([spread, resources, np.zeros((len(QUANTITIES), 1))], axis=1)[list(rooms)]
+    least_peak = [1e-7 * total for _, total in rooms.values()]  # keeps the rounding of the sums below the solver's tolerance
     peak = np.maximum(rows.max(axis=1, initial=0.0), least_peak)
-    scale = _ROW_SCALE / np.where(peak > 0, peak, _ROW_SCALE)
+    unit = np.where(peak > 0, peak, 1.0)
     return _Program(
         problem=problem,
         budget=budget,
@@ -288,10 +193,22 @@ def _program(problem: Problem, budget: Budget) -> _Program | None:
         group=group,
         option=option,
         partition=_partition(group, columns.shape[1], len(kept)),
-        sharing=_sharing(problem, group, option, names),
-        limits=rows * scale[:, None],
-        rhs=np.array([room for _, room, _ in rooms]) * scale,
+        coupling=_coupling(problem, group, option, paid, unpaid),
+        limits=rows / unit[:, None] * _ROW_SCALE,  # in this order, because 1 / unit may overflow
+        rhs=np.array([room for room, _ in rooms.values()]) / unit * _ROW_SCALE,
     )
+
+
+def _rooms(budget: Budget, constant: Floats) -> dict[int, tuple[float, float]]:
+    """By index of the limited quantity: what its limit leaves above `constant` (3,), and the magnitude that their rounding goes with."""
+    limits = {i: limit for i, limit in enumerate(budget.limits()) if limit is not None}
+    return {i: (float(limit - constant[i]), float(max(abs(limit), abs(constant[i])))) for i, limit in limits.items()}
+
+
+def _affordable(costs: Floats, rooms: Mapping[int, tuple[float, float]]) -> Mask:
+    """(columns,): whether each of `costs` (3, columns) fits into every room; a limit may be attained exactly, sums are rounded."""
+    fits = [costs[i] <= room + 1e-12 * magnitude for i, (room, magnitude) in rooms.items()]
+    return np.all(fits, axis=0) if fits else np.ones(costs.shape[1], dtype=np.bool_)
 
 
 def _partition(group: Indices, columns: int, groups: int) -> sp.csr_array:
@@ -301,20 +218,32 @@ def _partition(group: Indices, columns: int, groups: int) -> sp.csr_array:
     return sp.csr_array((np.ones(len(row)), (row, column)), shape=(groups + 1, columns))
 
 
-def _sharing(problem: Problem, group: Indices, option: Indices, names: list[str]) -> sp.csr_array:
-    """(pairs, columns): for each used pair of group and resource, the group's options that use it minus the resource."""
-    position = {name: index for index, name in enumerate(names)}
-    pairs: dict[tuple[int, int], int] = {}
-    entries: list[tuple[int, int, float]] = []
+def _coupling(problem: Problem, group: Indices, option: Indices, paid: list[str], unpaid: frozenset[str]) -> sp.csr_array:
+    """(couplings, columns): for each group, the options that need a resource less those of other groups that provide it.
+
+    If the resource is one of `paid`, which have a column each, less the resource as well. What is in `unpaid` is beyond some
+    limit: to need it is to require it. Whatever else is needed costs nothing.
+    """
+    position = {name: len(group) + index for index, name in enumerate(paid)}
+    demands: dict[tuple[int, str, bool], list[int]] = {}  # group, resource, whether it may be paid → columns
+    providers: dict[str, list[int]] = {}
     for column, (g, i) in enumerate(zip(group.tolist(), option.tolist(), strict=True)):
-        for name in sorted(set(problem.groups[g][i].shared) & position.keys()):
-            pair = (g, position[name])
-            if pair not in pairs:
-                pairs[pair] = len(pairs)
-                entries.append((pairs[pair], len(group) + pair[1], -1.0))
-            entries.append((pairs[pair], column, 1.0))
-    row, column_index, value = zip(*entries, strict=True) if entries else ((), (), ())
-    return sp.csr_array((value, (row, column_index)), shape=(len(pairs), len(group) + len(names) + 1), dtype=np.float64)
+        candidate = problem.groups[g][i]
+        required = unpaid.intersection(candidate.shared).union(candidate.requires)
+        for name in sorted(required):
+            demands.setdefault((g, name, False), []).append(column)
+        for name in sorted(position.keys() & set(candidate.shared) - required):
+            demands.setdefault((g, name, True), []).append(column)
+        for name in set(candidate.provides):
+            providers.setdefault(name, []).append(column)
+    entries: list[tuple[int, int, float]] = []
+    for row, ((g, name, payable), columns) in enumerate(demands.items()):
+        entries += [(row, column, 1.0) for column in columns]
+        entries += [(row, column, -1.0) for column in providers.get(name, []) if group[column] != g]
+        entries += [(row, position[name], -1.0)] if payable else []
+    row_index, column_index = np.array([entry[:2] for entry in entries], dtype=np.int64).reshape(-1, 2).T
+    value = np.array([entry[2] for entry in entries])
+    return sp.csr_array((value, (row_index, column_index)), shape=(len(demands), len(group) + len(paid) + 1))
 
 
 def _search(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -> Solution:
@@ -356,8 +285,8 @@ def _report(problem: Problem, budget: Budget, choice: tuple[int, ...] | None, bo
     return Solution("optimal" if reached <= gap else "feasible", choice, objective, bound, reached, 0.0, candidates, None, cost)
 
 
-def _nearest(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -> Nearest:
-    """What each limit would have to be, the others kept if that is possible."""
+def _nearest(problem: Problem, budget: Budget, gap: float, time_limit_s: float) -> Nearest | None:
+    """What each limit would have to be, the others kept if that is possible; None if no value was found."""
     attained: list[float | None] = []
     alone: list[Quantity] = []
     for index, (quantity, limit) in enumerate(zip(QUANTITIES, budget.limits(), strict=True)):
@@ -368,7 +297,9 @@ def _nearest(problem: Problem, budget: Budget, gap: float, time_limit_s: float) 
         if solution.cost is None:
             alone.append(quantity)
             solution = _search(problem, Budget(minimize=quantity), gap, time_limit_s)
-        attained.append(total_cost(problem, solution.choice).values()[index])
+        attained.append(None if solution.cost is None else solution.cost.values()[index])
+    if all(value is None for value in attained):
+        return None
     size_bytes, latency_s, divergence = attained
     return Nearest(None if size_bytes is None else int(size_bytes), latency_s, divergence, tuple(alone))
 
@@ -378,13 +309,13 @@ def _relax(program: _Program, deadline_s: float) -> _Multipliers | None:
     primary = program.costs[program.minimized]
     x = cp.Variable(len(primary), bounds=[0, 1])
     partition: list[cp.Constraint] = [rows == 1 for rows in _rows(program.partition, x)]
-    sharing: list[cp.Constraint] = [rows <= 0 for rows in _rows(program.sharing, x)]
+    coupling: list[cp.Constraint] = [rows <= 0 for rows in _rows(program.coupling, x)]
     limits: list[cp.Constraint] = [rows <= program.rhs for rows in _rows(program.limits, x)]
     unit = float(np.abs(primary).max()) or 1.0
-    model = cp.Problem(cp.Minimize((primary / unit) @ x), [*partition, *sharing, *limits])
+    model = cp.Problem(cp.Minimize((primary / unit) @ x), [*partition, *coupling, *limits])
     if _run(model, deadline_s, {}) is None:
         return None
-    return _Multipliers(_duals(sharing, unit), _duals(limits, unit))
+    return _Multipliers(_duals(coupling, unit), _duals(limits, unit))
 
 
 def _rows(matrix: Any, x: cp.Variable) -> list[cp.Expression]:
@@ -404,8 +335,8 @@ def _lagrangian(program: _Program, multipliers: _Multipliers) -> tuple[float, Fl
     Plain arithmetic on the data: valid whatever the accuracy of the solver that proposed the multipliers.
     """
     primary = program.costs[program.minimized]
-    sharing, limits = np.maximum(multipliers.sharing, 0.0), np.maximum(multipliers.limits, 0.0)
-    priced = primary + program.sharing.T @ sharing + program.limits.T @ limits
+    coupling, limits = np.maximum(multipliers.coupling, 0.0), np.maximum(multipliers.limits, 0.0)
+    priced = primary + program.coupling.T @ coupling + program.limits.T @ limits
     options = len(program.group)
     cheapest = _per_group(np.minimum, priced[:options], program.group)
     resources = np.minimum(priced[options:-1], 0.0)
@@ -418,8 +349,8 @@ def _solve_core(program: _Program, core: Mask, least: float, gap: float, deadlin
     columns = np.flatnonzero(np.append(core, np.ones(program.costs.shape[1] - len(core), dtype=np.bool_)))
     objective, unit, slack = _objective(program, columns, least, _TIE_WEIGHT * gap)
     x = cp.Variable(len(columns), boolean=True)
-    partition, sharing, limits = (_rows(m[:, columns], x) for m in (program.partition, program.sharing, program.limits))
-    rows: list[cp.Constraint] = [*(row == 1 for row in partition), *(row <= 0 for row in sharing)]
+    partition, coupling, limits = (_rows(m[:, columns], x) for m in (program.partition, program.coupling, program.limits))
+    rows: list[cp.Constraint] = [*(row == 1 for row in partition), *(row <= 0 for row in coupling)]
     options = {"mip_rel_gap": (1 - 10 * _TIE_WEIGHT) * gap, "mip_abs_gap": 0.0}
     bound = -math.inf
     for attempt in range(_MAX_CUTS + 1):
@@ -452,7 +383,7 @@ def _objective(program: _Program, columns: Indices, least: float, tie_weight: fl
     for index, cost in enumerate(program.costs):
         most = _per_group(np.maximum, cost[options], program.group[options]).sum() + cost[len(program.group) : -1].sum()
         if index != program.minimized and most > 0:
-            coefficients[:-1] += cost[columns[:-1]] * (tie_weight / most)
+            coefficients[:-1] += cost[columns[:-1]] / most * tie_weight
     return coefficients, unit, (len(QUANTITIES) - 1) * tie_weight
 
 

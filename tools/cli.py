@@ -88,7 +88,21 @@ Decompositions = Annotated[
     str | None,
     typer.Option(metavar="A,B,…", help="Only these, e.g. `dense,lowrank`.  [default: all]", rich_help_panel=_WHAT),
 ]
-Storages = Annotated[str | None, typer.Option(metavar="A,B,…", help="Only these, e.g. `fp16,int8`.  [default: all]", rich_help_panel=_WHAT)]
+Storages = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,…", help="Only these, e.g. `int8,int4,planes3.0`.  [default: a choice of all]", rich_help_panel=_WHAT),
+]
+Arithmetics = Annotated[
+    str | None,
+    typer.Option(metavar="A,B,…", help="Besides float only these: integer, dynamic, nbits, rows.  [default: all]", rich_help_panel=_WHAT),
+]
+NoExpand = Annotated[
+    bool, typer.Option("--no-expand", help="No weight that takes more memory once it is loaded than in the file.", rich_help_panel=_WHAT)
+]
+Ranges = Annotated[
+    str,
+    typer.Option(metavar="METHOD", help="Of quantized activations: auto, minmax, percentile, mse or entropy.", rich_help_panel=_WHAT),
+]
 Providers = Annotated[
     str, typer.Option(metavar="A,B,…", help="ONNX Runtime execution providers, in order of preference.", rich_help_panel=_HOW)
 ]
@@ -221,6 +235,9 @@ def compress(
     exclude: Exclude = None,
     decompositions: Decompositions = None,
     storages: Storages = None,
+    arithmetics: Arithmetics = None,
+    no_expand: NoExpand = False,
+    ranges: Ranges = "auto",
     providers: Providers = CPU,
     threads: Threads = 1,
     labels: Labels = None,
@@ -248,8 +265,8 @@ def compress(
     request = _request(size, latency, error, minimize)
     settings = _settings(
         target=target, providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind,
-        include=include, exclude=exclude, decompositions=decompositions, storages=storages, samples=samples,
-        seed=seed, cache=cache, no_cache=no_cache, output=output,
+        include=include, exclude=exclude, decompositions=decompositions, storages=storages, arithmetics=arithmetics,
+        no_expand=no_expand, ranges=ranges, samples=samples, seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
     _check_outputs(output, report, [model, Path(data)])
     with shown(f"Compressing {model.name}", enabled=not json) as progress:
@@ -276,6 +293,9 @@ def plan(
     exclude: Exclude = None,
     decompositions: Decompositions = None,
     storages: Storages = None,
+    arithmetics: Arithmetics = None,
+    no_expand: NoExpand = False,
+    ranges: Ranges = "auto",
     providers: Providers = CPU,
     threads: Threads = 1,
     output_kind: OutputKind = "auto",
@@ -299,7 +319,8 @@ def plan(
     request = _request(size, latency, error, minimize)
     settings = _settings(
         target=target, providers=providers, threads=threads, kind=output_kind, include=include, exclude=exclude,
-        decompositions=decompositions, storages=storages, samples=samples, seed=seed, cache=cache, no_cache=no_cache,
+        decompositions=decompositions, storages=storages, arithmetics=arithmetics, no_expand=no_expand, ranges=ranges,
+        samples=samples, seed=seed, cache=cache, no_cache=no_cache,
     )  # fmt: skip
     check_output(output, ".json", [model, *([reuse] if reuse else [])])
     with shown(f"Planning {model.name}", enabled=not json) as progress:
@@ -441,6 +462,9 @@ def _settings(
     exclude: list[str] | None = None,
     decompositions: str | None = None,
     storages: str | None = None,
+    arithmetics: str | None = None,
+    no_expand: bool = False,
+    ranges: str = "auto",
     samples: int | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -462,6 +486,9 @@ def _settings(
         exclude=tuple(exclude or ()),
         decompositions=_names(decompositions),
         storages=_names(storages),
+        arithmetics=_names(arithmetics),
+        expand=not no_expand,
+        ranges=ranges,
         samples=samples,
         seed=seed,
         cache=None if no_cache else cache or default_folder(),

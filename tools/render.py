@@ -21,7 +21,7 @@ UNITS = {"kl_nats": "KL, nats", "relative_mse": "relative MSE"}
 def compression(report: Report) -> RenderableType:
     """What `compress` and `apply` print: before and after, then site by site."""
     return Group(
-        _comparison(report.size, report.latency, report.divergence, report.agreement, report.metric, report.data.synthetic),
+        _comparison(report.size, report.latency, report.divergence, report.agreement, report.metric, report.data.synthetic, report.loading),
         _sites(report),
         _totals(report),
     )
@@ -118,7 +118,8 @@ def form_text(form: Form) -> str:
     if form == UNCHANGED:
         return "unchanged"
     name = " ".join(filter(None, [form.decomposition, shape_text(form.ranks)]))
-    return ", ".join([name, form.storage, *(["contract"] if form.execution == "contract" else [])])
+    runs = ["contract"] if form.execution == "contract" else []
+    return ", ".join([name, form.storage, *runs, *([form.arithmetic] if form.arithmetic != "float" else [])])
 
 
 def _scaled(value: float, units: tuple[tuple[str, float], ...]) -> str:
@@ -143,6 +144,7 @@ def _comparison(
     agreement: float | None,
     metric: MetricFacts | None,
     synthetic: bool,
+    loading: LoadingFacts | None = None,
 ) -> Table:
     table = _table("", "before", "after", "ratio")
     if synthetic:
@@ -151,6 +153,11 @@ def _comparison(
     if latency is not None:
         threads = f"latency, {latency.threads} thread{'s' if latency.threads > 1 else ''}"
         table.add_row(threads, time_text(latency.reference_s), time_text(latency.candidate_s), f"{latency.ratio:.3f}")
+    if loading is not None:
+        ratio = f"{loading.candidate_s / loading.reference_s:.3f}"
+        table.add_row("time to load", time_text(loading.reference_s), time_text(loading.candidate_s), ratio)
+        peaks = loading.reference_peak_bytes, loading.candidate_peak_bytes
+        table.add_row("memory to load", *map(size_text, peaks), f"{peaks[1] / max(1, peaks[0]):.3f}")
     table.add_row(f"divergence ({UNITS[divergence.unit]}, {divergence.samples} samples)", "0", f"{divergence.measured:.3g}", "")
     if agreement is not None:
         table.add_row("same top class", "100 %", f"{100 * agreement:.4g} %", "")

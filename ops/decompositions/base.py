@@ -65,6 +65,10 @@ class Decomposition(Protocol):
         """Scale axis of each stored factor."""
         ...
 
+    def storages(self, storage: str, count: int) -> tuple[str, ...]:
+        """Storage of each of `count` stored factors, for the storage that a form names; the same for all unless the factors differ."""
+        ...
+
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Stored factors that minimise ‖(W − Ŵ)A½‖² for weight (groups, m, n)."""
         ...
@@ -87,6 +91,14 @@ class Decomposition(Protocol):
             output: "dense": the name of the product, shaped like the weight; "contract": not used, as the node is replaced.
         """
         ...
+
+
+class UniformStorage:
+    """Every factor lies in the storage that the form names."""
+
+    def storages(self, storage: str, count: int) -> tuple[str, ...]:
+        """The same, `count` times."""
+        return (storage,) * count
 
 
 def rebuild(decomposition: Decomposition, use: Use, ranks: Ranks, factors: Sequence[Float64]) -> Float64:

@@ -15,6 +15,9 @@ Shape = tuple[int, ...]
 GEMM_WITHOUT_C = 11
 """The opset from which Gemm's third input is optional."""
 
+AXES_AS_INPUT = 13
+"""The opset from which ReduceSum takes its axes as an input."""
+
 
 @dataclass(frozen=True)
 class Use:
@@ -76,10 +79,12 @@ class Gram:
     Attributes:
         total: the sum of x xᵀ over rows, groups·n·n float32 values; for one-hot inputs the indices themselves, int64.
         rows: a value with groups·n entries per row (one entry for one-hot inputs), from whose size the number of rows follows.
+        sums: the sum of x over rows, groups·n float32 values; None for one-hot inputs.
     """
 
     total: str
     rows: str
+    sums: str | None = None
 
 
 class Family(Protocol):
@@ -152,13 +157,20 @@ def product(emitter: Emitter, left: str, right: str, *, trans_left: bool = False
 
 def row_gram(emitter: Emitter, rows: str) -> Gram:
     """(k, n) → (n, n): the sum of x xᵀ over rows."""
-    return Gram(product(emitter, rows, rows, trans_left=True), rows)
+    return Gram(product(emitter, rows, rows, trans_left=True), rows, reduce_sum(emitter, rows, 0))
 
 
 def column_gram(emitter: Emitter, columns: str) -> Gram:
     """(groups, n, k) → (groups, n, n): the sum of x xᵀ over columns."""
     rows = emitter.node("Transpose", [columns], attributes={"perm": [0, 2, 1]})
-    return Gram(emitter.node("MatMul", [columns, rows]), columns)
+    return Gram(emitter.node("MatMul", [columns, rows]), columns, reduce_sum(emitter, columns, 2))
+
+
+def reduce_sum(emitter: Emitter, value: str, axis: int) -> str:
+    """The sum over one axis, which is dropped; axes became an input with opset 13."""
+    if emitter.target.opset < AXES_AS_INPUT:
+        return emitter.node("ReduceSum", [value], attributes={"axes": [axis], "keepdims": 0})
+    return emitter.node("ReduceSum", [value, emitter.ints("axes", [axis])], attributes={"keepdims": 0})
 
 
 def reshape(emitter: Emitter, value: str, shape: list[int]) -> str:

@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from ..emit import Emitter
 from ..view import MatrixView
-from .base import Gram, GramRequest, Shape, Use, as_float32, column_gram, product, reshape
+from .base import Gram, GramRequest, Shape, Use, as_float32, column_gram, product, reduce_sum, reshape
 
 GEOMETRY = ("auto_pad", "dilations", "kernel_shape", "pads", "strides")
 """The attributes that say where a kernel looks."""
@@ -142,7 +142,7 @@ class ConvTranspose:
         """Every position of the input is a row."""
         value = reshape(emitter, as_float32(emitter, value, request), [0, use.view.n, -1])
         columns = reshape(emitter, emitter.node("Transpose", [value], attributes={"perm": [1, 0, 2]}), [use.view.n, -1])
-        return Gram(product(emitter, columns, columns, trans_right=True), columns)
+        return Gram(product(emitter, columns, columns, trans_right=True), columns, reduce_sum(emitter, columns, 1))
 
     def channel_axis(self, use: Use) -> int:
         """Output channels."""

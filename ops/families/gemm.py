@@ -9,7 +9,7 @@ from onnx import NodeProto
 
 from ..emit import Emitter
 from ..view import MatrixView
-from .base import Gram, GramRequest, Shape, Use, as_float32, outer_views, product
+from .base import Gram, GramRequest, Shape, Use, as_float32, outer_views, product, reduce_sum
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Gemm:
         """xᵀx or x xᵀ, whichever contracts the rows."""
         value = as_float32(emitter, value, request)
         rows_first = not use.int("transA", 0) if use.index == 1 else bool(use.int("transB", 0))
-        return Gram(product(emitter, value, value, trans_left=rows_first, trans_right=not rows_first), value)
+        total = product(emitter, value, value, trans_left=rows_first, trans_right=not rows_first)
+        return Gram(total, value, reduce_sum(emitter, value, 0 if rows_first else 1))
 
     def channel_axis(self, use: Use) -> int:
         """The output axis."""

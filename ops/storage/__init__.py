@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from .base import Storage
+from .base import IntegerWeight, ScalarStorage, Storage, is_scalar
 from .floating import HALF, SAME
-from .integer import INT4, INT8
+from .grid import Grid
+from .requantize import requantize, requantized
+from .uniform import UNIFORM
 
-STORAGES: dict[str, Storage] = {storage.name: storage for storage in (SAME, HALF, INT8, INT4)}
+STORAGES: dict[str, Storage] = {storage.name: storage for storage in (SAME, HALF, *UNIFORM)}
 """Every storage, by the name that plans and reports use. To add one: write its file, list it here."""
 
-__all__ = ["STORAGES", "Storage"]
+__all__ = ["STORAGES", "Grid", "IntegerWeight", "ScalarStorage", "Storage", "is_scalar", "requantize", "requantized"]

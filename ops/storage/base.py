@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Spec
+from .grid import Grid
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as integers, for operators that compute in int8: weight = codes · scale along `axis`.
+
+    Attributes:
+        codes: name of an int8 value of the weight's shape; its zero point is 0.
+        scale: name of a float32 value of one dimension, one entry per entry of `axis`, all positive.
+        axis: the weight's axis that the scales lie on.
+    """
+
+    codes: str
+    scale: str
+    axis: int
 
 
 class Storage(Protocol):
@@ -18,12 +35,16 @@ class Storage(Protocol):
         """The name in plans and reports."""
         ...
 
+    def min_opset(self, array: Spec) -> int:
+        """The lowest version of the default domain whose models can hold an array of this shape and dtype in this storage."""
+        ...
+
     def accepts(self, array: Spec) -> str | None:
         """None when the storage can hold an array of this shape and dtype, else the reason why not."""
         ...
 
     def layout(self, array: Spec, axis: int) -> tuple[Spec, ...]:
-        """Shapes and dtypes of the packed arrays; `axis` is the axis that carries one scale per entry."""
+        """Shapes and dtypes of the packed arrays; `axis` is the channel axis: scales differ along it."""
         ...
 
     def encode(
@@ -50,3 +71,47 @@ class Storage(Protocol):
             The result's name.
         """
         ...
+
+    def emit_integer(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight | None:
+        """Add the packed initializers and the programs that yield the same weight as int8 codes and float32 scales.
+
+        Args:
+            emitter: collects them; unchanged when the answer is None.
+            suffix: of the initializers' names.
+            packed: from `encode`, or the specs of `layout`.
+            spec: shape and dtype of the weight.
+            axis: as given to `layout`.
+
+        Returns:
+            Names of what was emitted; None where the values are not int8 times one scale per channel. `requantize` then rounds
+            what `emit` yields.
+        """
+        ...
+
+
+class ScalarStorage(Storage, Protocol):
+    """A storage whose values lie on a uniform grid, so that codes may be chosen by anyone: `encode` is `pack` of the nearest ones."""
+
+    def grid(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> Grid:
+        """The grid that minimises the (weighted) squared error of rounding to nearest; arguments as for `encode`."""
+        ...
+
+    def pack(self, codes: NDArray[np.int16], grid: Grid) -> tuple[NDArray[np.generic], ...] | None:
+        """Packed arrays of codes within `lowest`…`highest` on a grid that `grid` or `Grid.coarser` returned.
+
+        None where the codes take more room than `layout` gives them, which only storages of variable width do. Ask again with
+        the codes of `Grid.coarser`.
+        """
+        ...
+
+
+def is_scalar(storage: Storage) -> TypeGuard[ScalarStorage]:
+    """Whether a storage's values lie on a uniform grid."""
+    return callable(getattr(storage, "grid", None)) and callable(getattr(storage, "pack", None))
+
+
+def refusal(array: Spec) -> str | None:
+    """Why no packed storage can hold an array: it is empty, or has no axis; None otherwise."""
+    if 0 in array.shape:
+        return "an empty array"
+    return None if array.shape else "a scalar has no channels"

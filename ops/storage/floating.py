@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Spec, onnx_type
+from .base import IntegerWeight
 
 _MAX_HALF = float(np.finfo(np.float16).max)
 
@@ -17,6 +18,10 @@ class Same:
     """The array as it is: exact."""
 
     name: str = "float"
+
+    def min_opset(self, array: Spec) -> int:
+        """Any that the product reads."""
+        return 7
 
     def accepts(self, array: Spec) -> str | None:
         """Always."""
@@ -43,12 +48,20 @@ class Same:
         emitter.initializers[output] = packed[0]
         return output
 
+    def emit_integer(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight | None:
+        """None: these are no integers."""
+        return None
+
 
 @dataclass(frozen=True)
 class Half:
     """IEEE half precision behind one `Cast`, which ONNX Runtime folds when it loads the model."""
 
     name: str = "fp16"
+
+    def min_opset(self, array: Spec) -> int:
+        """Any that the product reads."""
+        return 7
 
     def accepts(self, array: Spec) -> str | None:
         """Only types wider than two bytes gain anything."""
@@ -71,6 +84,10 @@ class Half:
     def emit(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, output: str | None = None) -> str:
         """One initializer and one `Cast`."""
         return emitter.node("Cast", [emitter.constant(f"{suffix}.h", packed[0])], output, attributes={"to": onnx_type(spec.dtype)})
+
+    def emit_integer(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight | None:
+        """None: these are no integers."""
+        return None
 
 
 SAME = Same()

@@ -1,74 +1,19 @@
-"""The knapsack against brute force: certificates, limits kept exactly, infeasible budgets explained, pruning harmless."""
+"""The knapsack against brute force: certificates, limits and couplings kept exactly, infeasible budgets explained."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Iterable
 
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from benchmarks.knapsack import budgets, network
+from benchmarks.knapsack import budgets, chained, network
 from intaglio.solver import QUANTITIES, Budget, Cost, Option, Problem, Quantity, solve, total_cost
 from intaglio.solver import knapsack as module
-from intaglio.solver.knapsack import undominated
+from tests.solver.instances import every_cost, exact_cost, is_allowed, limited, value
 
 GAP = 1e-4
 TOLERANCE = 1e-7  # relative; HiGHS's own on its bound
-
-
-def exact_cost(problem: Problem, choice: Iterable[int]) -> Cost:
-    """The cost by its definition, written independently of the solver's."""
-    options = [group[index] for group, index in zip(problem.groups, choice, strict=True)]
-    resources = set[str]().union(*(option.shared for option in options))
-    return Cost(
-        problem.base.size_bytes + sum(o.size_bytes for o in options) + sum(problem.shared[name] for name in resources),
-        math.fsum([problem.base.latency_s] + [o.latency_s for o in options]),
-        math.fsum([problem.base.divergence] + [o.divergence for o in options]),
-    )
-
-
-def every_cost(problem: Problem) -> list[Cost]:
-    return [exact_cost(problem, choice) for choice in itertools.product(*(range(len(group)) for group in problem.groups))]
-
-
-def value(cost: Cost, quantity: Quantity) -> float:
-    return cost.values()[QUANTITIES.index(quantity)]
-
-
-# Three scales: small numbers with many ties, realistic ones, and divergences eight orders of magnitude apart.
-SIZES = [st.integers(0, 5), st.integers(0, 10**7), st.integers(-50, 1000)]
-LATENCIES = [st.sampled_from([-0.1, 0.0, 0.1, 0.2, 0.3]), st.floats(-1e-3, 1e-2), st.floats(0, 1)]
-DIVERGENCES = [
-    st.sampled_from([0.0, 0.1, 0.2, 0.3, 0.7]),
-    st.integers(1, 10**6).map(lambda n: n * 1e-9),
-    st.floats(-7, 1).map(lambda exponent: 10.0**exponent),
-]
-
-
-@st.composite
-def problems(draw: st.DrawFn) -> Problem:
-    scale = draw(st.integers(0, 2))
-    resources = {"a": 3, "b": draw(st.sampled_from([0, 1, 100])), "c": draw(st.integers(0, 10**4))}
-    shared = st.lists(st.sampled_from(sorted(resources)), unique=True, max_size=2).map(tuple)
-    option = st.builds(Option, SIZES[scale], LATENCIES[scale], DIVERGENCES[scale], shared)
-    groups = draw(st.lists(st.lists(option, min_size=1, max_size=5).map(tuple), max_size=4).map(tuple))
-    return Problem(groups, Cost(1000, 1.0, 0.0), resources)  # a base that the negative costs cannot cancel
-
-
-@st.composite
-def limited(draw: st.DrawFn) -> tuple[Problem, Budget]:
-    """A problem, and limits that lie exactly on, a little off, or far from attained costs."""
-    problem = draw(problems())
-    costs = every_cost(problem)
-    limits: list[float | None] = []
-    for quantity in QUANTITIES:
-        attained = st.sampled_from(sorted({value(cost, quantity) for cost in costs}))
-        limits.append(draw(st.one_of(st.none(), attained, attained.map(lambda x: x * 1.01), attained.map(lambda x: x * 0.99))))
-    size_bytes, latency_s, divergence = limits
-    return problem, Budget(size_bytes, latency_s, divergence, draw(st.sampled_from(QUANTITIES)))
 
 
 @settings(max_examples=150, deadline=None)
@@ -84,6 +29,7 @@ def test_solution_is_certified_against_brute_force(case: tuple[Problem, Budget])
     optimum = min(attainable)
     assert solution.status == "optimal"
     assert solution.nearest is None
+    assert is_allowed(problem, solution.choice)
     assert solution.cost == exact_cost(problem, solution.choice)
     assert budget.admits(solution.cost)
     assert solution.objective == value(solution.cost, budget.minimize)
@@ -101,6 +47,9 @@ def test_infeasible_budgets_name_the_nearest_attainable_values(case: tuple[Probl
     if solution.status != "infeasible":
         assert any(budget.admits(cost) for cost in costs)
         return
+    if not costs or budget.limits() == (None, None, None):
+        assert solution.nearest is None
+        return
     assert solution.nearest is not None
     nearest = (solution.nearest.size_bytes, solution.nearest.latency_s, solution.nearest.divergence)
     for quantity, limit, attained in zip(QUANTITIES, budget.limits(), nearest, strict=True):
@@ -117,45 +66,63 @@ def test_infeasible_budgets_name_the_nearest_attainable_values(case: tuple[Probl
         assert attained in (held or [value(cost, quantity) for cost in costs])
 
 
-@settings(max_examples=200, deadline=None)
-@given(limited())
-def test_pruning_keeps_the_optimum(case: tuple[Problem, Budget]) -> None:
-    problem, budget = case
-    kept = undominated(problem, budget)
-    assert all(kept) or not problem.groups
-    pruned = Problem(
-        tuple(tuple(group[i] for i in indices) for group, indices in zip(problem.groups, kept, strict=True)),
-        problem.base,
-        problem.shared,
-    )
-    before, after = (
-        min((value(cost, budget.minimize) for cost in every_cost(version) if budget.admits(cost)), default=None)
-        for version in (problem, pruned)
-    )
-    assert before == after  # to the last bit: correctly rounded sums are monotone
-
-
-def test_pruning_drops_the_dominated_and_respects_shared_bytes() -> None:
-    group = (
-        Option(10, 1.0, 0.1),
-        Option(10, 1.0, 0.1),  # the same again
-        Option(11, 0.5, 0.1),  # larger; faster, which does not matter here
-        Option(9, 1.0, 0.1, ("decoder",)),  # smaller only if somebody else pays the decoder
-        Option(2, 1.0, 0.2, ("decoder",)),  # smaller than the next even with the decoder
-        Option(8, 1.0, 0.2),
-    )
-    problem = Problem((group,), Cost(), {"decoder": 5})
-    assert undominated(problem, Budget(size_bytes=10.0)) == ((0, 3, 4),)
-    assert undominated(problem, Budget(size_bytes=10.0, latency_s=1.0)) == ((0, 2, 3, 4),)
-    assert undominated(problem, Budget(latency_s=1.0)) == ((2,),)
-
-
 def test_a_shared_resource_is_paid_once() -> None:
     group = (Option(10, 0.0, 0.0), Option(4, 0.0, 0.1, ("decoder",)))
-    alone = solve(Problem((group,), Cost(), {"decoder": 7}), Budget(minimize="size"))
-    together = solve(Problem((group, group), Cost(), {"decoder": 7}), Budget(minimize="size"))
+    alone = solve(Problem((group,), Cost(), {"decoder": Cost(7)}), Budget(minimize="size"))
+    together = solve(Problem((group, group), Cost(), {"decoder": Cost(7)}), Budget(minimize="size"))
     assert (alone.choice, alone.objective) == ((0,), 10)
     assert (together.choice, together.objective) == ((1, 1), 15)
+
+
+def test_layers_change_to_integers_together_or_not_at_all() -> None:
+    """Every change between integers and float costs more than one layer gains, but less than three do."""
+
+    def layer(index: int) -> tuple[Option, ...]:
+        return (
+            Option(0, 3.0, 0.0, (f"float {index}",), (f"float {index + 1}",)),
+            Option(0, 2.0, 0.0, (f"quantized {index}",), (f"quantized {index + 1}",)),
+        )
+
+    def network_of(layers: int) -> Problem:
+        ends = (Option(0, 0.0, 0.0, provides=("float 0",)),), (Option(0, 0.0, 0.0, (f"float {layers}",)),)
+        changes = {f"{kind} {index}": Cost(latency_s=0.75) for kind in ("float", "quantized") for index in range(layers + 1)}
+        return Problem((ends[0], *(layer(index) for index in range(layers)), ends[1]), Cost(), changes)
+
+    assert solve(network_of(1), Budget(minimize="latency")).choice == (0, 0, 0)
+    assert solve(network_of(1), Budget(minimize="latency")).objective == 3.0
+    assert solve(network_of(3), Budget(minimize="latency")).choice == (0, 1, 1, 1, 0)
+    assert solve(network_of(3), Budget(minimize="latency")).objective == 7.5
+
+
+def test_a_resource_counts_towards_every_limit() -> None:
+    group = (Option(10, 0.0, 0.0), Option(4, 0.0, 0.0, ("change",)))
+    problem = Problem((group,), Cost(), {"change": Cost(0, 0.5, 0.25)})
+    assert solve(problem, Budget(latency_s=0.5, minimize="size")).choice == (1,)
+    assert solve(problem, Budget(latency_s=0.4, minimize="size")).choice == (0,)
+    assert solve(problem, Budget(divergence=0.25, minimize="size")).choice == (1,)
+    assert solve(problem, Budget(divergence=0.2, minimize="size")).choice == (0,)
+
+
+def test_what_nobody_can_pay_can_still_be_provided() -> None:
+    writer = (Option(0, 0.0, 0.0), Option(1, 0.0, 0.0, provides=("change",)))
+    reader = (Option(10, 0.0, 0.0), Option(4, 0.0, 0.0, ("change",)))
+    problem = Problem((writer, reader), Cost(), {"change": Cost(0, 0.5)})
+    assert solve(problem, Budget(latency_s=0.5, minimize="size")).choice == (0, 1)
+    assert solve(problem, Budget(latency_s=0.4, minimize="size")).choice == (1, 1)
+
+
+def test_a_required_choice_is_taken_along_or_both_are_left() -> None:
+    writer = (Option(5, 0.0, 0.0), Option(8, 0.0, 0.0, provides=("mask",)))
+    for saved, choice in ((4, (1, 1)), (2, (0, 0))):
+        reader = (Option(9, 0.0, 0.0), Option(9 - saved, 0.0, 0.0, requires=("mask",)))
+        assert solve(Problem((writer, reader), Cost(), {"mask": Cost()}), Budget(minimize="size")).choice == choice
+
+
+def test_requirements_that_nothing_meets_have_no_nearest_budget() -> None:
+    group = (Option(1, 0.0, 0.0, provides=("mask",), requires=("mask",)),)
+    for budget in (Budget(), Budget(size_bytes=10.0, latency_s=1.0)):
+        solution = solve(Problem((group,), Cost(), {"mask": Cost()}), budget)
+        assert (solution.status, solution.choice, solution.cost, solution.nearest) == ("infeasible", (), None, None)
 
 
 def test_limits_are_kept_to_the_last_bit() -> None:
@@ -184,6 +151,13 @@ def test_exact_ties_go_to_the_smaller_other_costs() -> None:
     group = (Option(9, 0.1, 0.0), Option(3, 0.4, 0.0), Option(3, 0.2, 0.0), Option(3, 0.2, 0.5))
     assert solve(Problem((group, group), Cost(), {}), Budget(size_bytes=20.0)).choice == (2, 2)
     assert solve(Problem((group,), Cost(), {}), Budget(minimize="size")).choice == (2,)
+
+
+def test_ties_count_what_resources_cost_otherwise() -> None:
+    group = (Option(3, 0.0, 0.0, ("slow",)), Option(3, 0.5, 0.0))
+    for latency_s, choice in ((1.0, (1,)), (0.25, (0,))):
+        problem = Problem((group,), Cost(), {"slow": Cost(latency_s=latency_s)})
+        assert solve(problem, Budget(minimize="size")).choice == choice
 
 
 def test_nearest_prefers_holding_the_other_limits() -> None:
@@ -218,11 +192,24 @@ def test_nothing_to_decide() -> None:
     assert solve(problem, Budget(size_bytes=4)).status == "infeasible"
 
 
+@pytest.mark.parametrize("minimize", QUANTITIES)
+def test_the_smallest_numbers_do_not_overflow(minimize: Quantity) -> None:
+    """Their reciprocals would."""
+    tiny = 5e-324
+    group = (Option(0, tiny, 0.0, ("change",)), Option(1, 0.0, tiny))
+    problem = Problem((group, group), Cost(), {"change": Cost(0, 0.0, tiny)})
+    for budget in (Budget(minimize=minimize), Budget(latency_s=tiny, minimize=minimize)):
+        solution = solve(problem, budget)
+        assert solution.cost is not None
+        assert budget.admits(solution.cost)
+
+
 def test_the_same_problem_gives_the_same_solution() -> None:
-    problem = network(40, 20, seed=2)
-    for budget in budgets(problem).values():
-        first, second = solve(problem, budget), solve(problem, budget)
-        assert (first.choice, first.bound, first.nearest) == (second.choice, second.bound, second.nearest)
+    independent = network(30, 15, seed=2)
+    for problem in (independent, chained(independent, seed=2)):
+        for budget in budgets(problem).values():
+            first, second = solve(problem, budget), solve(problem, budget)
+            assert (first.choice, first.bound, first.nearest) == (second.choice, second.bound, second.nearest)
 
 
 def test_a_short_time_limit_claims_no_more_than_it_proved() -> None:
@@ -237,31 +224,18 @@ def test_a_short_time_limit_claims_no_more_than_it_proved() -> None:
         assert hurried.cost is None or budget.admits(hurried.cost)
 
 
-def test_five_hundred_groups_of_fifty_options() -> None:
-    problem = network(500, 50, seed=0)
+@pytest.mark.parametrize("coupled", [False, True])
+def test_five_hundred_groups_of_fifty_options(coupled: bool) -> None:
+    problem = chained(network(500, 50, seed=0), seed=0) if coupled else network(500, 50, seed=0)
     budget = budgets(problem)["error | size, latency"]
     solution = solve(problem, budget, time_limit_s=60.0)
     assert solution.status == "optimal"
     assert solution.gap <= GAP
-    assert solution.candidates == 25_000
+    assert solution.candidates == sum(len(group) for group in problem.groups) >= 25_000
+    assert is_allowed(problem, solution.choice)
     assert solution.cost == exact_cost(problem, solution.choice)
     assert budget.admits(solution.cost)
     assert solution.seconds < 60
-
-
-@pytest.mark.parametrize(
-    ("groups", "shared", "message"),
-    [
-        (((),), {}, "group 0: no options"),
-        (((Option(1, 0.0, -0.1),),), {}, "divergence >= 0"),
-        (((Option(1, math.inf, 0.1),),), {}, "expected finite costs"),
-        (((Option(1, 0.0, 0.1, ("lost",)),),), {}, "group 0: unknown shared resource 'lost'"),
-        ((), {"negative": -1}, "'negative': -1 bytes, expected at least 0"),
-    ],
-)
-def test_malformed_problems_are_refused(groups: tuple[tuple[Option, ...], ...], shared: dict[str, int], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Problem(groups, Cost(), shared)
 
 
 @pytest.mark.parametrize(("gap", "time_limit_s"), [(-1.0, 1.0), (math.nan, 1.0), (0.1, 0.0)])

@@ -1,0 +1,101 @@
+"""Activations that may be quantized: which values they are, who is on either side of them, and what rounding each of them costs.
+
+The cost is measured like that of a weight: one value at a time is rounded to eight bits in the model, and the outputs are compared with
+the original's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from onnx import ModelProto
+
+from intaglio.ops.arithmetic import ARITHMETICS
+from intaglio.ops.families import FAMILIES
+from intaglio.solver import Cost
+
+from .coupling import Unit
+from .graph import MAIN, nested_graphs, output_names, reads
+from .integer import fake_quantized
+from .job import Job
+from .ranges import calibrated
+from .recall import Finding, Findings
+from .regions import Carrier
+from .sites import Site
+from .units import units_around
+
+RANGE_SAMPLES = 64
+"""Fit samples from which the ranges of single values are taken while forms are priced."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What the solver has to know about activations.
+
+    Attributes:
+        units: operators that may run in integers, sites and carriers, by name.
+        carriers: those without weights.
+        divergence: of the outputs when one value is rounded to eight bits, by value.
+        outside: values that something else reads too, as floats.
+        inputs: the value that a site's operator reads, by site name, where it may be quantized while the model runs.
+    """
+
+    units: Mapping[str, Unit] = field(default_factory=dict)
+    carriers: tuple[Carrier, ...] = ()
+    divergence: Mapping[str, float] = field(default_factory=dict)
+    outside: frozenset[str] = frozenset()
+    inputs: Mapping[str, str] = field(default_factory=dict)
+
+    def dynamic_needs(self, site: Site) -> tuple[str, ...]:
+        """The shared resource that an operator with dynamic quantization needs: rounding its input is paid once for all its readers."""
+        return (f"dynamic:{self.inputs[site.name]}",) if site.name in self.inputs else ()
+
+    def dynamic_costs(self) -> dict[str, Cost]:
+        """Cost of those resources."""
+        return {f"dynamic:{value}": Cost(0, 0.0, self.divergence[value]) for value in self.inputs.values()}
+
+
+def measure_activations(job: Job, findings: Mapping[str, Finding], known: Findings) -> Activations:
+    """Find the units and measure what rounding the values around them costs.
+
+    Args:
+        job: the job.
+        findings: of the sites; those to which no integer form was proposed are no units.
+        known: remembers the measurements.
+    """
+    narrow = {name: {p.form.arithmetic for p in finding.proposals} for name, finding in findings.items()}
+    coupled = {name for name, arithmetic in ARITHMETICS.items() if arithmetic.coupled}
+    sites = [site for site in job.sites if narrow[site.name] & coupled]
+    inputs = {
+        site.name: FAMILIES[site.use.key].activation(site.use)[0]
+        for site in job.sites
+        if "dynamic" in narrow[site.name] and len(site.uses) == 1 and site.uses[0].scope == MAIN
+    }
+    units = units_around(job.model, sites, job.carriers if sites else ())
+    values = list(dict.fromkeys([*(name for unit in units.values() for name in (*unit.inputs, *unit.outputs)), *inputs.values()]))
+    divergence = known.activations()
+    if divergence is None or not all(value in divergence for value in values):
+        divergence = _divergence(job, values)
+        known.put_activations(divergence)
+    broken = {value for value in values if value not in divergence}
+    usable = {name: unit for name, unit in units.items() if broken.isdisjoint((*unit.inputs, *unit.outputs))}
+    carriers = tuple(carrier for carrier in job.carriers if carrier.name in usable)
+    inputs = {name: value for name, value in inputs.items() if value not in broken}
+    return Activations(usable, carriers, divergence, _outside(job.model.proto, usable, job.sites.sites, carriers), inputs)
+
+
+def _divergence(job: Job, values: Sequence[str]) -> dict[str, float]:
+    """Divergence of the outputs when each value alone is rounded; values that cannot be rounded are left out."""
+    ranges = calibrated(job.model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration, "mse")
+    probe = job.probe()
+    return {
+        value: max(0.0, probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges
+    }
+
+
+def _outside(proto: ModelProto, units: Mapping[str, Unit], sites: Sequence[Site], carriers: Sequence[Carrier]) -> frozenset[str]:
+    """Values that an operator reads that is no unit, or that the model yields."""
+    inside = {id(use.use.node) for site in sites if site.name in units for use in site.uses} | {id(carrier.node) for carrier in carriers}
+    read = {name for node in proto.graph.node if id(node) not in inside or list(nested_graphs(node)) for name in reads(node)}
+    return frozenset(read | set(output_names(proto.graph)))

@@ -1,0 +1,42 @@
+"""Put a plan's parts together: fragments in place of weights, then quantized activations around what runs in integers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from .integer import place, quantized_values
+from .model import Model
+from .ranges import Range
+from .regions import Carrier
+from .rewrite import Fragment, rewrite
+from .sites import Site
+
+Ranges = Callable[[Model, Sequence[str], Sequence[str]], Mapping[str, Range]]
+"""(model in floats, operators that shall run in integers, values to be quantized) → a range for each value."""
+
+
+def unit_ranges(model: Model, operators: Sequence[str], values: Sequence[str]) -> dict[str, Range]:
+    """The same range for every value: for models that are sized or timed, not used."""
+    return {value: Range(np.float32(0.05), 0) for value in values}
+
+
+def assemble(
+    model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Site], carried: Sequence[Carrier], ranges: Ranges
+) -> Model:
+    """A copy of the model with the given fragments in it, and with the given operators in integers.
+
+    Args:
+        model: the model that sites and carriers were found in.
+        fragments: by site name; sites without one stay.
+        sites: the sites.
+        carried: operators without weights that run in integers.
+        ranges: of the activations that are quantized.
+    """
+    rewritten = rewrite(model, fragments, sites)
+    operators = [name for fragment in fragments.values() for name in fragment.coupled]
+    operators += [carrier.node.output[0] for carrier in carried]
+    if not operators:
+        return rewritten
+    return place(rewritten, operators, ranges(rewritten, operators, quantized_values(rewritten, operators)))

@@ -1,0 +1,304 @@
+"""Price candidates in seconds, measured on the user's provider, threads and shapes.
+
+Latency comes from micro-models of a single operator at its real shapes, each measured in alternation with the original operator. Storage
+never changes latency: it is folded when the model is loaded. Operators that run in integers are measured from quantized input to quantized
+output, so that entering and leaving integers is counted once, where it happens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from intaglio.ops.arithmetic import ARITHMETICS
+from intaglio.ops.emit import Spec
+from intaglio.ops.families import FAMILIES, Use
+from intaglio.ops.form import Form
+from intaglio.ops.storage import STORAGES
+
+from .calibrate import Shapes
+from .graph import MAIN
+from .integer import place, quantized_values
+from .latency import MicroBench, measure, structure
+from .model import Model
+from .price import noise
+from .ranges import Range
+from .regions import Carrier
+from .rewrite import FUNCTION_IR, fragment, ghosts
+from .sites import Site, opset
+from .weights import WeightStore
+
+
+class LatencyPricer:
+    """Measured latency of forms, one micro-model per distinct configuration."""
+
+    def __init__(
+        self, model: Model, shapes: Mapping[str, Shapes], bench: MicroBench, values: Mapping[str, tuple[int, ...]] | None = None
+    ) -> None:
+        """Measure operators of `model` at the shapes that `observe` saw; `values` holds those of activations around carriers."""
+        self._proto = model.proto
+        self._shapes = shapes
+        self._values = values or {}
+        self._bench = bench
+        self._small = {
+            t.name: t for t in model.proto.graph.initializer if t.data_location != TensorProto.EXTERNAL and t.ByteSize() < 1 << 20
+        }
+        self._large = {
+            t.name: Spec(tuple(t.dims), helper.tensor_dtype_to_np_dtype(t.data_type))
+            for t in model.proto.graph.initializer
+            if t.name not in self._small
+        }
+        self._reference: dict[str, float] = {}
+        self._float_scale = 1.0
+        self._integer_scale = 1.0
+
+    def measurable(self, site: Site) -> bool:
+        """Whether the site's operator can be run by itself; the time of a recurrent layer counts for the weight of its input."""
+        _, own = FAMILIES[site.use.key].activation(site.use)
+        return not own and site.name in self._shapes and len(site.uses) == 1 and site.uses[0].scope == MAIN
+
+    def calibrate(self, sites: Sequence[Site], whole: Callable[[], object]) -> float:
+        """Time the whole model and every site's original operator in the same rounds, so that drift cannot set them apart.
+
+        Operators by themselves take a little longer than in place (layouts are converted at their borders); where their sum comes out
+        above what the whole model takes, all are scaled down to it.
+
+        Args:
+            sites: whose references to measure.
+            whole: runs the model once.
+
+        Returns:
+            Seconds of one run of the model.
+        """
+        measurable = [site for site in sites if self.measurable(site)]
+        micros = {site.name: self._micro(site, None) for site in measurable}
+        distinct: dict[str, tuple[str, Callable[[], object]]] = {}
+        keys = {}
+        for site in measurable:
+            shapes = {"x": self._shapes[site.name].input}
+            keys[site.name] = key = structure(micros[site.name], shapes)
+            if key not in distinct:
+                distinct[key] = (site.name, self._bench.runner(micros[site.name], shapes, index_limit=site.use.view.n))
+        timings = measure([whole, *(run for _, run in distinct.values())], budget_s=1.0)
+        base_s = timings[0].minimum_s
+        seconds = {key: timing.minimum_s for key, timing in zip(distinct, timings[1:], strict=True)}
+        total_s = sum(seconds[key] for key in keys.values())
+        self._float_scale = min(1.0, base_s / total_s) if total_s > 0 else 1.0
+        self._reference = {name: self._float_scale * seconds[key] for name, key in keys.items()}
+        return base_s
+
+    def calibrate_integers(self, changes_s: Mapping[str, float], change_s: float) -> None:
+        """Agree with a measurement of many operators in integers at once: one by itself pays for layouts that a region does not change.
+
+        Args:
+            changes_s: what `change` and `carry` said of each, by site or carrier name.
+            change_s: what all of them changed together, measured.
+        """
+        spent_s = sum(self._spent(name, change) for name, change in changes_s.items())
+        together_s = spent_s + change_s - sum(changes_s.values())
+        if spent_s > 0:
+            self._integer_scale = float(np.clip(self._integer_scale * together_s / spent_s, 0.1, 2.0))
+
+    def _spent(self, name: str, change_s: float) -> float:
+        """Seconds of an operator in integers, from the change against floats."""
+        return self._reference.get(name, 0.0) + change_s
+
+    def reference(self, site: Site) -> float:
+        """Seconds of the original operator, in the units of `calibrate` where that was called; 0 if it cannot be run by itself."""
+        if not self.measurable(site):
+            return 0.0
+        if site.name not in self._reference:
+            shapes = {"x": self._shapes[site.name].input}
+            self._reference[site.name] = self._bench.seconds(self._micro(site, None), shapes, index_limit=site.use.view.n)
+        return self._reference[site.name]
+
+    def change(self, site: Site, form: Form) -> float:
+        """Seconds that a form adds to (or, negative, saves from) a run of the site's operator."""
+        if not changes_latency(form) or not self.measurable(site):
+            return 0.0
+        before_s, after_s = self.pair(site, form)
+        scale = self._integer_scale if _coupled(form) else 1.0
+        return self.reference(site) * (scale * after_s / before_s - 1)
+
+    def pair(self, site: Site, form: Form) -> tuple[float, float]:
+        """Seconds of a measurable site's operator and of what a form makes of it, measured in alternation."""
+        return self._bench.pair(
+            self._micro(site, None), self._micro(site, _as_run(form)), {"x": self._shapes[site.name].input}, index_limit=site.use.view.n
+        )
+
+    def carry(self, carrier: Carrier) -> float:
+        """Seconds that an operator without a weight adds when it runs in integers."""
+        floats = self._carrier_micro(carrier)
+        integers = _between_quantizers(_in_integers(floats, (carrier.node.output[0],)))
+        shapes = {name: self._values[name] for name in carrier.inputs}
+        before_s, after_s = self._bench.pair(floats, integers, shapes, index_limit=256)
+        self._reference[carrier.name] = self._float_scale * before_s
+        return self._float_scale * (self._integer_scale * after_s - before_s)
+
+    def boundary(self, value: str) -> tuple[float, float]:
+        """Seconds of quantizing an activation value, and of dequantizing it."""
+        shapes = {"x": self._values[value]}
+        seconds = [self._bench.seconds(_conversion(op_type, opset(self._proto)), shapes) for op_type in _CONVERSIONS]
+        return self._float_scale * seconds[0], self._float_scale * seconds[1]
+
+    def _carrier_micro(self, carrier: Carrier) -> ModelProto:
+        """The operator with the activations around it as inputs and output."""
+        constants = {name: numpy_helper.to_array(self._small[name]) for name in carrier.node.input if name in self._small}
+        sources = {name: np.dtype(np.float32) for name in carrier.inputs}
+        return self._assemble([carrier.node], sources, constants, carrier.node.output[0])
+
+    def _micro(self, site: Site, form: Form | None) -> ModelProto:
+        """The site's operator, or what a form makes of it, as a model with one input x."""
+        use, rng = site.use, np.random.default_rng(0)
+        node = NodeProto()
+        node.CopyFrom(use.node)
+        value, _ = FAMILIES[use.key].activation(use)
+        weight = use.node.input[use.index]
+        constants: dict[str, NDArray[Any]] = {}
+        others: dict[str, Spec] = {}
+        for index, name in enumerate(node.input):
+            if name in ("", value, weight):
+                continue
+            if name in self._small:
+                constants[name] = numpy_helper.to_array(self._small[name])
+            elif name in self._large:
+                others[name] = self._large[name]
+            elif index > 0:
+                node.input[index] = ""  # initial states, lengths, residual inputs: left out on both sides
+        while node.input and not node.input[-1]:
+            del node.input[-1]
+        output = next(name for name in node.output if name)
+        twin = Use(node, use.index, use.view)
+        if form is None:
+            nodes = [node]
+            arrays = {weight: Spec(use.view.shape, site.uses[0].dtype)}
+        else:
+            alone = _single(site, twin)
+            part = fragment(alone, form, ghosts(alone, form), self._inlining(), frozenset())
+            nodes = [*part.weights, *(n for nodes in part.replacements or [(node,)] for n in nodes)]
+            arrays = {name: Spec(tuple(array.shape), array.dtype) for name, array in part.initializers.items()}
+        constants |= {name: noise(spec, rng) for name, spec in (others | arrays).items()}
+        dtype = np.dtype(np.int64) if site.op_type == "Gather" else site.uses[0].dtype
+        nodes = [_renamed(each, value, "x") for each in nodes]
+        micro = self._assemble(nodes, {"x": dtype}, constants, output)
+        return micro if form is None or not _coupled(form) else _between_quantizers(_in_integers(micro, part.coupled))
+
+    def _inlining(self) -> ModelProto:
+        """A model like the job's, but too old for functions: programs are written out, so that a micro-model needs none."""
+        return ModelProto(ir_version=min(self._proto.ir_version, FUNCTION_IR - 1), opset_import=self._proto.opset_import)
+
+    def _assemble(
+        self, nodes: Sequence[NodeProto], sources: Mapping[str, np.dtype[Any]], constants: Mapping[str, NDArray[Any]], output: str
+    ) -> ModelProto:
+        """A model of these nodes with the values `sources` as inputs of these types and the value `output` as its output."""
+        tensors: dict[str, gs.Tensor] = {name: gs.Constant(name, array) for name, array in constants.items()}
+        tensors |= {name: gs.Variable(name, dtype) for name, dtype in sources.items()}
+        tensors[""] = gs.Variable.empty()
+
+        def named(names: Sequence[str]) -> list[gs.Tensor]:
+            return [tensors.setdefault(name, gs.Variable(name)) for name in names]
+
+        graph = gs.Graph(
+            [
+                gs.Node(
+                    node.op_type,
+                    node.name,
+                    {a.name: helper.get_attribute_value(a) for a in node.attribute},
+                    named(node.input),
+                    named(node.output),
+                    node.domain or None,
+                )
+                for node in nodes
+            ],
+            inputs=named(list(sources)),
+            outputs=named([output]),
+            opset=opset(self._proto),
+            import_domains=list(self._proto.opset_import),
+        )
+        model: ModelProto = gs.export_onnx(graph, do_type_check=False)
+        model.ir_version = max(4, self._proto.ir_version)
+        return model
+
+
+def _single(site: Site, use: Use) -> Site:
+    """The site with one other use."""
+    return replace(site, uses=(replace(site.uses[0], use=use),))
+
+
+_CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
+
+
+def changes_latency(form: Form) -> bool:
+    """Whether a layer of this form runs other operators than before."""
+    return form.execution == "contract" or form.arithmetic != "float"
+
+
+def _coupled(form: Form) -> bool:
+    return form.arithmetic != "float" and ARITHMETICS[form.arithmetic].coupled
+
+
+def _as_run(form: Form) -> Form:
+    """The form whose layer runs the same operators but is stored as they read it: what storage expands to does not matter at run time."""
+    storage = "float" if form.arithmetic == "float" else "int8"
+    if STORAGES[form.storage].arithmetics is not None:
+        storage = form.storage
+    if form.execution == "dense":
+        return Form("dense", (), storage, "dense", form.arithmetic)
+    return replace(form, storage=storage)
+
+
+def _in_integers(micro: ModelProto, operators: Sequence[str]) -> ModelProto:
+    """The micro-model with the given operators in integers; what the ranges are does not matter for time."""
+    model = Model(micro, WeightStore(None), None, 0, "")
+    ranges = {value: Range(np.float32(0.05), 0) for value in quantized_values(model, operators)}
+    return place(model, operators, ranges).proto
+
+
+def _between_quantizers(proto: ModelProto) -> ModelProto:
+    """The same without the quantizers of its inputs and the dequantizers of its outputs: from integers to integers."""
+    graph = proto.graph
+    for value in graph.input:
+        readers = [node for node in graph.node if value.name in node.input]
+        if len(readers) == 1 and readers[0].op_type == "QuantizeLinear":
+            renamed = readers[0].output[0]
+            graph.node.remove(readers[0])
+            for node in graph.node:
+                node.input[:] = [value.name if name == renamed else name for name in node.input]
+            value.type.tensor_type.elem_type = TensorProto.UINT8
+    for value in graph.output:
+        producer = next((node for node in graph.node if value.name in node.output), None)
+        if producer is not None and producer.op_type == "DequantizeLinear":
+            graph.node.remove(producer)
+            value.name = producer.input[0]
+            value.type.tensor_type.elem_type = TensorProto.UINT8
+    return proto
+
+
+def _conversion(op_type: str, version: int) -> ModelProto:
+    """A model of one QuantizeLinear or DequantizeLinear."""
+    to_integers = op_type == "QuantizeLinear"
+    graph = helper.make_graph(
+        [helper.make_node(op_type, ["x", "scale", "zero"], ["y"])],
+        op_type,
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT if to_integers else TensorProto.UINT8, None)],
+        [helper.make_tensor_value_info("y", TensorProto.UINT8 if to_integers else TensorProto.FLOAT, None)],
+        [
+            numpy_helper.from_array(np.asarray(0.05, np.float32), "scale"),
+            numpy_helper.from_array(np.asarray(0, np.uint8), "zero"),
+        ],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=FUNCTION_IR)
+
+
+def _renamed(node: NodeProto, old: str, new: str) -> NodeProto:
+    """A copy of a node that reads `new` instead of `old`."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.input[:] = [new if name == old else name for name in copy.input]
+    return copy
