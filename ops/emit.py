@@ -202,6 +202,16 @@ def ints_attribute(values: Sequence[int]) -> TensorProto:
     return TensorProto(dims=[len(values)], data_type=TensorProto.INT64, int64_data=values)
 
 
+def byte_attribute(value: int) -> TensorProto:
+    """A uint8 scalar for an attribute."""
+    return TensorProto(data_type=TensorProto.UINT8, int32_data=[value])
+
+
+def float_attribute(value: float) -> TensorProto:
+    """A float32 scalar; a tensor, because `Constant` takes plain floats only from opset 12 on."""
+    return TensorProto(data_type=TensorProto.FLOAT, float_data=[value])
+
+
 def onnx_type(dtype: np.dtype[np.generic]) -> int:
     """The `TensorProto.DataType` of a NumPy dtype (bfloat16 through ml_dtypes)."""
     return int(helper.np_dtype_to_tensor_dtype(dtype))

@@ -21,7 +21,7 @@ from .integer import fake_quantized
 from .job import Job
 from .ranges import calibrated
 from .recall import Finding, Findings
-from .regions import Carrier
+from .regions import KEEPING, Carrier
 from .sites import Site
 from .units import units_around
 
@@ -78,6 +78,7 @@ def measure_activations(job: Job, findings: Mapping[str, Finding], known: Findin
     if divergence is None or not all(value in divergence for value in values):
         divergence = _divergence(job, values)
         known.put_activations(divergence)
+    divergence |= {carrier.output: 0.0 for carrier in job.carriers if carrier.node.op_type in KEEPING}  # rounded where it was written
     broken = {value for value in values if value not in divergence}
     usable = {name: unit for name, unit in units.items() if broken.isdisjoint((*unit.inputs, *unit.outputs))}
     carriers = tuple(carrier for carrier in job.carriers if carrier.name in usable)

@@ -18,15 +18,17 @@ from .calibrate import calibrate, moment_parts
 from .errors import InputError
 from .fit import rebuilt, store
 from .graph import ValueIndex, all_names
+from .integer import place
 from .job import Job
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
 from .price import noise
-from .ranges import Range, calibrated
+from .ranges import METHODS, Range, collect
 from .regions import Carrier
 from .rewrite import Fragment, declines, fragment, ghosts, rewrite, spooled
 from .sites import Site
+from .timing import as_run
 
 FIT_STAGES = 6
 """Most stages of the sequential fit, unless memory asks for more: each recalibrates on the compressed prefix."""
@@ -101,18 +103,26 @@ def _fitted(
 
 
 def _ranges(job: Job, model: Model, operators: Sequence[str], values: Sequence[str]) -> dict[str, Range]:
-    """Ranges of the activations that are quantized, on some of the fit samples."""
-    return calibrated(model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration, job.settings.ranges)
+    """Ranges of the activations that are quantized: by the method that the settings name, or that harms the outputs least."""
+    histograms = collect(model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration)
+    usable = {name: each for name, each in histograms.items() if each.reason is None}
+    methods = METHODS if job.settings.ranges == "auto" else (job.settings.ranges,)
+    found = [{name: Range.spanning(*METHODS[method](each)) for name, each in usable.items()} for method in methods]
+    if len(found) == 1:
+        return found[0]
+    probe = job.probe()
+    return min(found, key=lambda ranges: probe.divergence(place(model, operators, ranges).proto))
 
 
 def mock(job: Job, forms: Mapping[str, Form]) -> Model:
-    """The rewritten model with noise in place of fitted arrays: as large and as fast as the real one."""
+    """A model as fast as the rewritten one, with noise in place of fitted arrays and without what is folded when a model is loaded."""
     rng, taken = np.random.default_rng(job.settings.seed), frozenset(all_names(job.model.proto))
-    chosen = _chosen(job, forms)
+    run = {site.name: as_run(forms.get(site.name, UNCHANGED)) for site in job.sites}
+    chosen = _chosen(job, run)
     fragments = {}
     for site in chosen:
-        arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, forms[site.name]))
-        fragments[site.name] = fragment(site, forms[site.name], arrays, job.model.proto, taken)
+        arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, run[site.name]))
+        fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken)
     return assemble(job.model, fragments, chosen, _carried(job, forms), unit_ranges)
 
 

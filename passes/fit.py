@@ -1,26 +1,39 @@
 """Fit a chosen form: from a weight and its metric to the packed arrays that will be written.
 
 Factors are fitted from the input to the output: each leading factor is stored first, and the last one is then refitted by least squares on
-what the stored ones really are, so it takes up their rounding errors.
+what the stored ones really are, so it takes up their rounding errors. Integers are chosen in the metric of what they are multiplied with.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild, refit_last
+from intaglio.ops.decompositions.residual import Residual
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment, relative_error
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.rounding import Problem, Rounding, compensation, encode, factor_input, feedback, fit_corrected
+from intaglio.ops.rounding.corrected import Write
+from intaglio.ops.rounding.encoding import Packed
+from intaglio.ops.storage import STORAGES, is_scalar
+from intaglio.ops.view import MatrixView
 
-from .rewrite import array_specs
+from .rewrite import array_specs, array_storages
 from .sites import Site
 
 _ERROR_ENTRIES = 1 << 22
 """Entries of a weight on which an error is computed, at least."""
 
+_GAIN_INPUTS = 1536
+_GAIN_OUTPUTS = 64
+"""Size of the part of a weight on which the gain of compensated rounding is measured."""
+
 Arrays = tuple[tuple[NDArray[np.generic], ...], ...]
+
+COMPENSATED = Rounding()
 
 
 def fit_factors(site: Site, form: Form, weight: NDArray[np.float64], moment: Moment) -> tuple[NDArray[np.float64], ...]:
@@ -44,6 +57,7 @@ def store(
     weight: NDArray[np.float64],
     moment: Moment,
     factors: tuple[NDArray[np.float64], ...] | None = None,
+    rounding: Rounding = COMPENSATED,
 ) -> tuple[Arrays, tuple[NDArray[np.generic], ...]]:
     """The packed arrays of a form, and what each of them decodes to.
 
@@ -54,25 +68,72 @@ def store(
         weight: the same as the first use sees it, (groups, m, n) float64.
         moment: second moment of the site's input.
         factors: from `fit_factors`, where they are known already.
+        rounding: how integers are chosen.
     """
-    specs, storage = array_specs(site, form), STORAGES[form.storage]
+    specs = array_specs(site, form)
+    storages = [STORAGES[name] for name in array_storages(form, len(specs))]
     if form.decomposition == "dense":
         ((spec, axis),) = specs
-        packed = storage.encode(value, axis, _importance(site, moment))
-        return (packed,), (storage.decode(packed, spec),)
+        problem = Problem(value, axis, _AnchorReading(site), moment, importance(site, moment))
+        packed = encode(storages[0], problem, rounding)
+        return (packed,), (storages[0].decode(packed, spec),)
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
+    if isinstance(decomposition, Residual):
+        every = _store_corrected(site, form, decomposition, weight, moment, rounding)
+        return every, tuple(storage.decode(packed, spec) for storage, packed, (spec, _) in zip(storages, every, specs, strict=True))
     leading = (fit_factors(site, form, weight, moment) if factors is None else factors)[:-1]
-    every: list[tuple[NDArray[np.generic], ...]] = []
+    # The last factor takes up what leading ones lose, so compensation within these can lose what it gained: the better way is kept.
+    ways = (rounding, Rounding(compensate=False)) if rounding.compensate and is_scalar(storages[0]) else (rounding,)
+    found = [_store_factors(site, form, weight, moment, leading, (way, rounding)) for way in ways]
+    return min(found, key=lambda each: moment.energy(weight, rebuilt(site, form, each[1]))) if len(found) > 1 else found[0]
+
+
+def _store_factors(
+    site: Site,
+    form: Form,
+    weight: NDArray[np.float64],
+    moment: Moment,
+    leading: tuple[NDArray[np.float64], ...],
+    roundings: tuple[Rounding, Rounding],
+) -> tuple[Arrays, tuple[NDArray[np.generic], ...]]:
+    """The packed arrays of leading factors and of the last one, which is fitted to them, and what each decodes to.
+
+    Arguments as for `store`; `roundings` says how integers of leading factors and of the last one are chosen.
+    """
+    decomposition, specs = DECOMPOSITIONS[form.decomposition, form.execution], array_specs(site, form)
+    packs: list[tuple[NDArray[np.generic], ...]] = []
     decoded: list[NDArray[np.generic]] = []
-    for number, (spec, axis) in enumerate(specs):
-        if number < len(leading):
-            factor = leading[number]
-        else:
-            known = [np.asarray(array, np.float64) for array in decoded]
-            factor = refit_last(decomposition, weight, moment, site.use, form.ranks, known)
-        every.append(storage.encode(factor.astype(spec.dtype), axis))
-        decoded.append(storage.decode(every[-1], spec))
-    return tuple(every), tuple(decoded)
+    for number, ((spec, axis), name) in enumerate(zip(specs, array_storages(form, len(specs)), strict=True)):
+        known = [np.asarray(array, np.float64) for array in decoded]
+        last = number == len(leading)
+        factor = refit_last(decomposition, weight, moment, site.use, form.ranks, known) if last else leading[number]
+        view, metric = factor_input(decomposition, site.use, form.ranks, known, moment)
+        problem = Problem(factor.astype(spec.dtype), axis, view, metric, _spread(view, metric))
+        packs.append(encode(STORAGES[name], problem, roundings[last]))
+        decoded.append(STORAGES[name].decode(packs[-1], spec))
+    return tuple(packs), tuple(decoded)
+
+
+def _store_corrected(
+    site: Site, form: Form, decomposition: Residual, weight: NDArray[np.float64], moment: Moment, rounding: Rounding
+) -> Arrays:
+    """The packed arrays of a base and its correction."""
+    specs = array_specs(site, form)
+    parts = None if moment.diagonal or not rounding.compensate else feedback(moment)
+
+    def writer(number: int, view: MatrixView) -> Write:
+        (spec, axis), storage = specs[number], STORAGES[array_storages(form, len(specs))[number]]
+
+        def write(matrix: NDArray[np.float64], metric: Moment) -> tuple[Packed, NDArray[np.float64]]:
+            problem = Problem(view.stored(matrix).astype(spec.dtype), axis, view, metric, _spread(view, metric))
+            packed = encode(storage, problem, rounding, parts if metric is moment else None)
+            return packed, view.matrix(storage.decode(packed, spec))
+
+        return write
+
+    views = (site.use.view, *decomposition.product_views(site.use, form.ranks))
+    base, first, last = (writer(number, view) for number, view in enumerate(views))
+    return fit_corrected(weight, moment, form.ranks[0], (base, first, last))
 
 
 def rebuilt(site: Site, form: Form, decoded: tuple[NDArray[np.generic], ...]) -> NDArray[np.float64]:
@@ -80,12 +141,17 @@ def rebuilt(site: Site, form: Form, decoded: tuple[NDArray[np.generic], ...]) ->
     if form.decomposition == "dense":
         return site.matrix(decoded[0])
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
-    return rebuild(decomposition, site.use, form.ranks, [np.asarray(array, np.float64) for array in decoded])
+    arrays = [np.asarray(array, np.float64) for array in decoded]
+    if isinstance(decomposition, Residual):
+        return decomposition.whole(site.use, form.ranks, arrays)
+    return rebuild(decomposition, site.use, form.ranks, arrays)
 
 
-def pack(site: Site, form: Form, value: NDArray[np.generic], moment: Moment) -> tuple[Arrays, NDArray[np.float64]]:
+def pack(
+    site: Site, form: Form, value: NDArray[np.generic], moment: Moment, rounding: Rounding = COMPENSATED
+) -> tuple[Arrays, NDArray[np.float64]]:
     """`store` and `rebuilt` in one: the packed arrays of a form, and the weight that they stand for."""
-    arrays, decoded = store(site, form, value, site.matrix(value), moment)
+    arrays, decoded = store(site, form, value, site.matrix(value), moment, rounding=rounding)
     return arrays, rebuilt(site, form, decoded)
 
 
@@ -96,18 +162,59 @@ def form_error(
     weight: NDArray[np.float64],
     moment: Moment,
     factors: tuple[NDArray[np.float64], ...] | None = None,
+    rounding: Rounding = COMPENSATED,
 ) -> float:
     """Relative output error of a form as it would be stored, on every k-th output of a large weight; arguments as for `store`."""
-    approximation = rebuilt(site, form, store(site, form, value, weight, moment, factors)[1])
+    approximation = rebuilt(site, form, store(site, form, value, weight, moment, factors, rounding)[1])
     step = -(-site.elements // _ERROR_ENTRIES)
     return relative_error(weight[:, ::step], approximation[:, ::step], moment)
 
 
-def _importance(site: Site, moment: Moment) -> NDArray[np.float64]:
-    """diag(A) at every entry of the anchor: how much a squared error there costs; broadcastable where no chain turns the weight."""
-    diagonal = moment.diag + 0.01 * moment.diag.mean(1, keepdims=True) + np.finfo(np.float64).tiny
+def compensation_gain(site: Site, weight: NDArray[np.float64], moment: Moment) -> float:
+    """What compensated rounding leaves of the error of rounding to nearest, from 0 to 1, measured on a part of the weight.
+
+    Args:
+        site: the site.
+        weight: (groups, m, n), as the first use sees it.
+        moment: second moment of its input.
+    """
+    if moment.diagonal:
+        return 1.0
     view = site.use.view
-    if site.order is None and view.groups == 1:
-        trailing = view.shape[1:] if int(np.prod(view.shape[1:])) == view.n else (*(1,) * (len(view.shape) - 2), view.n)
-        return np.reshape(diagonal, (1, *trailing) if view.outputs_first else (view.n, *(1,) * (len(view.shape) - 1)))
-    return site.stored_float64(np.broadcast_to(diagonal[:, None, :], (view.groups, view.m, view.n)))
+    some = Moment(moment.matrix[:, :_GAIN_INPUTS, :_GAIN_INPUTS], moment.rows)
+    return compensation(weight[:, :: max(1, view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS], some)
+
+
+@dataclass(frozen=True, eq=False)
+class _AnchorReading:
+    """How a site's anchor reads as matrices, whatever chain of nodes turns it round."""
+
+    site: Site
+
+    def matrix(self, stored: NDArray[np.generic]) -> NDArray[np.float64]:
+        return self.site.matrix(stored)
+
+    def stored(self, matrix: NDArray[np.float64]) -> NDArray[np.float64]:
+        return self.site.stored_float64(matrix)
+
+
+def importance(site: Site, moment: Moment) -> NDArray[np.float64]:
+    """diag(A) at every entry of the anchor: how much a squared error there costs; broadcastable where no chain turns the weight."""
+    if site.order is None:
+        return _spread(site.use.view, moment)
+    view = site.use.view
+    return site.stored_float64(np.broadcast_to(_diagonal(moment)[:, None, :], (view.groups, view.m, view.n)))
+
+
+def _spread(view: MatrixView, moment: Moment) -> NDArray[np.float64]:
+    """diag(A) at every entry of a stored array of one view, broadcastable where that has one group."""
+    diagonal = _diagonal(moment)
+    if view.groups > 1:
+        return view.stored(np.broadcast_to(diagonal[:, None, :], (view.groups, view.m, view.n)))
+    trailing = view.shape[1:] if int(np.prod(view.shape[1:])) == view.n else (*(1,) * (len(view.shape) - 2), view.n)
+    return np.reshape(diagonal, (1, *trailing) if view.outputs_first else (view.n, *(1,) * (len(view.shape) - 1)))
+
+
+def _diagonal(moment: Moment) -> NDArray[np.float64]:
+    """diag(A), (groups, n), positive."""
+    return np.asarray(moment.diag + 0.01 * moment.diag.mean(1, keepdims=True) + np.finfo(np.float64).tiny)

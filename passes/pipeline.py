@@ -154,9 +154,13 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
             try:
                 plan = choose_within(menu, budget, correction)
             except InfeasibleError:
-                if best is None:
+                hopeful = None if best is not None else _hopeful(job, menu, budget, correction)
+                if hopeful is None and best is None:
                     raise
-                break
+                if hopeful is None or hopeful.latency <= correction.latency:
+                    break
+                correction = hopeful
+                continue
             excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
         if excess > 0:
             correction = replace(correction, spare_bytes=correction.spare_bytes + excess + 16)
@@ -177,6 +181,24 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         nearest = f"nearest measured: --latency {fastest / SLACK:.2f}" if fastest < float("inf") else "relax --size by a percent"
         raise InfeasibleError(f"no plan keeps the budgets as measured in {RESOLVES + 2} rounds; {nearest}")
     return best
+
+
+def _hopeful(job: Job, menu: Menu, budget: Budget, correction: Correction) -> Correction | None:
+    """A correction for a latency budget that looks out of reach: what the fastest plan saves when it is measured as a whole.
+
+    None where there is no latency budget, the other budgets cannot be kept either, or nothing can be saved.
+
+    Operators that are measured one at a time pay for what a whole model does only once.
+    """
+    if budget.latency_s is None:
+        return None
+    try:
+        fastest = choose(menu, budget.relaxed("latency"), correction)
+    except InfeasibleError:
+        return None
+    predicted = fastest.latency_s / menu.base.latency_s
+    ratio = _latency(job, mock(job, fastest.forms)).ratio
+    return replace(correction, latency=correction.latency * (1 - ratio) / (1 - predicted)) if predicted < 1 and ratio < 1 else None
 
 
 def choose_within(menu: Menu, budget: Budget, correction: Correction) -> Plan:

@@ -19,10 +19,9 @@ from intaglio.ops.decompositions import DECOMPOSITIONS, Decomposition
 from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import UNCHANGED, Form
 from intaglio.ops.moment import Moment
-from intaglio.ops.rounding import feedback, round_compensated
-from intaglio.ops.storage import STORAGES, Grid, is_scalar
+from intaglio.ops.storage import STORAGES, is_scalar, readers
 
-from .fit import fit_factors, form_error, importance
+from .fit import compensation_gain, fit_factors, form_error, importance
 from .rewrite import array_specs, declines
 from .sites import Site
 
@@ -31,9 +30,6 @@ WORST_ERROR = 0.7
 
 SAMPLED_ENTRIES = 1 << 18
 """About how many entries of a weight its rounding errors are computed on."""
-
-_GAIN_OUTPUTS = 48
-"""On how many outputs of a layer the gain of compensated rounding is measured."""
 
 _PROBE_STORAGE = "int4"
 """In which the rounding of factors is measured."""
@@ -80,7 +76,7 @@ class Allowed:
 def expands(form: Form) -> bool:
     """Whether a form's weight takes more memory once the model is loaded than in the file."""
     packed = form.decomposition == "dense" or form.execution == "contract"
-    native = STORAGES[form.storage].arithmetics is not None or form.arithmetic == "rows"
+    native = readers(STORAGES[form.storage]) is not None or form.arithmetic == "rows"
     whole_bytes = form.storage == "int8" and form.arithmetic in ("integer", "dynamic")
     return form != UNCHANGED and not (packed and (form.storage == "float" or native or whole_bytes))
 
@@ -162,7 +158,7 @@ def _rounding_errors(
     """Relative error of the dense weight in each storage that can hold it; `reasons` takes up why the others cannot.
 
     Rounding errors of different entries are unrelated, so diag(A) alone prices them; compensated rounding turns them towards directions
-    in which A is weak, which `_compensation_gain` measures.
+    in which A is weak, which `compensation_gain` measures.
     """
     ((spec, axis),) = array_specs(site, Form("dense"))
     count = spec.shape[axis]
@@ -177,7 +173,7 @@ def _rounding_errors(
     exact = np.asarray(part, np.float64)
     whole = Moment(moment.diag, moment.rows).energy(weight) / energy  # of the diagonal, relative to that of A itself
     scale = whole / max(float((weights * exact**2).sum()), np.finfo(np.float64).tiny)
-    gain = _compensation_gain(weight, moment)
+    gain = compensation_gain(site, weight, moment)
     errors = {}
     for name in storages:
         storage, sampled = STORAGES[name], Spec(part.shape, part.dtype)
@@ -190,20 +186,6 @@ def _rounding_errors(
         decoded = np.asarray(storage.decode(storage.encode(part, axis, weights), sampled), np.float64)
         errors[name] = scale * float((weights * (exact - decoded) ** 2).sum()) * (gain if is_scalar(storage) else 1.0)
     return errors
-
-
-def _compensation_gain(weight: NDArray[np.float64], moment: Moment) -> float:
-    """Share of the error of rounding to nearest that is left by compensated rounding, on a few outputs and a 4-bit grid."""
-    if moment.diagonal:
-        return 1.0
-    some = weight[:, :: max(1, weight.shape[1] // _GAIN_OUTPUTS)][:, :_GAIN_OUTPUTS]
-    scale = np.abs(some).max(axis=2, keepdims=True) / 7
-    grid = Grid(np.where(scale > 0, scale, 1).astype(np.float32), np.zeros((1, 1, 1), np.float32), -7, 7)
-    nearest, compensated = (
-        moment.energy(some, np.asarray(grid.values(codes), np.float64))
-        for codes in (grid.nearest(some), round_compensated(some, grid, feedback(moment)))
-    )
-    return min(1.0, compensated / nearest) if nearest > 0 else 1.0
 
 
 @dataclass(frozen=True)

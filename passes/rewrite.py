@@ -21,7 +21,7 @@ from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
 from intaglio.ops.families import FAMILIES
 from intaglio.ops.form import CARRIED, Form
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.storage import STORAGES, readers
 
 from .canonicalize import remove_dead
 from .graph import reads, scopes
@@ -226,8 +226,8 @@ def declines(site: Site, form: Form) -> str | None:
             return reason
         if storage.min_opset(spec) > site.opset:
             return f"storage {name} needs opset {storage.min_opset(spec)}, the model has {site.opset}"
-        if storage.arithmetics is not None and form.arithmetic not in storage.arithmetics:
-            return f"storage {name} is read by {', '.join(storage.arithmetics)} only"
+        if readers(storage) is not None and form.arithmetic not in readers(storage):
+            return f"storage {name} is read by {', '.join(readers(storage))} only"
     return None if form.arithmetic == "float" else _arithmetic_reason(site, form, arrays)
 
 

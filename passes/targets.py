@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.storage import STORAGES, readers
 
 from .errors import InputError
 from .propose import Allowed
@@ -101,6 +101,7 @@ RACE = (
     "int3",
     "int2",
     "ternary",
+    "int4-rows",
     "int4-b32",
     "int3-b64",
     "planes2.0",
@@ -118,7 +119,7 @@ RACE = (
 )
 """The storages that race by default: the others differ from one of them in a detail and cost time to price."""
 
-_PORTABLE = tuple(name for name, storage in STORAGES.items() if storage.arithmetics is None)
+_PORTABLE = tuple(name for name, storage in STORAGES.items() if readers(storage) is None)
 """Storages that standard operators decode."""
 
 TARGETS: dict[str, Target] = {

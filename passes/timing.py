@@ -19,8 +19,8 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.emit import Spec
 from intaglio.ops.families import FAMILIES, Use
-from intaglio.ops.form import Form
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.storage import STORAGES, readers
 
 from .calibrate import Shapes
 from .graph import MAIN
@@ -129,7 +129,7 @@ class LatencyPricer:
     def pair(self, site: Site, form: Form) -> tuple[float, float]:
         """Seconds of a measurable site's operator and of what a form makes of it, measured in alternation."""
         return self._bench.pair(
-            self._micro(site, None), self._micro(site, _as_run(form)), {"x": self._shapes[site.name].input}, index_limit=site.use.view.n
+            self._micro(site, None), self._micro(site, as_run(form)), {"x": self._shapes[site.name].input}, index_limit=site.use.view.n
         )
 
     def carry(self, carrier: Carrier) -> float:
@@ -182,7 +182,8 @@ class LatencyPricer:
             alone = _single(site, twin)
             part = fragment(alone, form, ghosts(alone, form), self._inlining(), frozenset())
             nodes = [*part.weights, *(n for nodes in part.replacements or [(node,)] for n in nodes)]
-            arrays = {name: Spec(tuple(array.shape), array.dtype) for name, array in part.initializers.items()}
+            arrays = {name: array for name, array in part.initializers.items() if isinstance(array, Spec)}
+            constants |= {name: array for name, array in part.initializers.items() if not isinstance(array, Spec)}
         constants |= {name: noise(spec, rng) for name, spec in (others | arrays).items()}
         dtype = np.dtype(np.int64) if site.op_type == "Gather" else site.uses[0].dtype
         nodes = [_renamed(each, value, "x") for each in nodes]
@@ -243,10 +244,12 @@ def _coupled(form: Form) -> bool:
     return form.arithmetic != "float" and ARITHMETICS[form.arithmetic].coupled
 
 
-def _as_run(form: Form) -> Form:
+def as_run(form: Form) -> Form:
     """The form whose layer runs the same operators but is stored as they read it: what storage expands to does not matter at run time."""
+    if not changes_latency(form):
+        return UNCHANGED
     storage = "float" if form.arithmetic == "float" else "int8"
-    if STORAGES[form.storage].arithmetics is not None:
+    if readers(STORAGES[form.storage]) is not None:
         storage = form.storage
     if form.execution == "dense":
         return Form("dense", (), storage, "dense", form.arithmetic)

@@ -10,7 +10,7 @@ from intaglio.ops.form import UNCHANGED, Form
 from intaglio.passes.inspect import Inspection
 from intaglio.passes.judge import Benchmark, Verdict
 from intaglio.passes.plan import Plan
-from intaglio.passes.report import DivergenceFacts, LatencyFacts, MetricFacts, Report, SizeFacts
+from intaglio.passes.report import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts
 
 NONE = "–"
 """Stands for a number that was not measured."""

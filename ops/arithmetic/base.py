@@ -21,16 +21,18 @@ class Operand:
     """A weight in the form in which an arithmetic reads it.
 
     Attributes:
-        name: the value that a float operator would read in its place.
+        name: the value that a float operator reads in its place; only a mark where `lower` replaces every operator.
         values: names of what the arithmetic's own operators read instead, in an order that only the arithmetic knows.
         spec: shape and dtype of the float weight.
         axis: the axis with one scale per entry.
+        storage: how the values are packed, for arithmetics that read them so; None where they are of the arithmetic's own making.
     """
 
     name: str
     values: tuple[str, ...]
     spec: Spec
     axis: int
+    storage: Storage | None = None
 
 
 class Arithmetic(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import NodeProto
 
 from ..emit import Array, Emitter, Spec
 from ..families import Use
@@ -12,9 +13,7 @@ SINGLE: np.dtype[np.generic] = np.dtype(np.float32)
 """The only type that ONNX Runtime's integer operators turn into integers and back."""
 
 
-def integer_weight(
-    emitter: Emitter, suffix: str, storage: Storage, packed: tuple[Array, ...], spec: Spec, axis: int
-) -> IntegerWeight:
+def integer_weight(emitter: Emitter, suffix: str, storage: Storage, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight:
     """A weight as int8 codes: as the storage holds them, or rounded from what it decodes to.
 
     Args:
@@ -37,16 +36,33 @@ def operator_reason(use: Use, op_types: tuple[str, ...]) -> str | None:
     return None if use.index == 1 else f"the weight is the left factor of a {op_type}"
 
 
-def gemm_reason(use: Use) -> str | None:
+def gemm_reason(node: NodeProto) -> str | None:
     """None when a node is no Gemm, or one that is a plain product and a sum, else the reason."""
-    if use.node.op_type != "Gemm":
+    if node.op_type != "Gemm":
         return None
-    if use.int("transA", 0):
+    given = {attribute.name: attribute for attribute in node.attribute}
+    if "transA" in given and given["transA"].i:
         return "the activation is transposed"
-    scaled = has_addend(use) and use.float("beta", 1.0) != 1
-    return "alpha or beta is not 1" if use.float("alpha", 1.0) != 1 or scaled else None
+    factors = ("alpha", "beta") if addend(node) else ("alpha",)
+    scaled = [name for name in factors if name in given and given[name].f != 1]
+    return f"{scaled[0]} is not 1" if scaled else None
 
 
-def has_addend(use: Use) -> bool:
-    """Whether a Gemm has its third input."""
-    return len(use.node.input) > 2 and bool(use.node.input[2])
+def addend(node: NodeProto) -> str:
+    """The third input of a Gemm; empty where a node has none."""
+    return node.input[2] if node.op_type == "Gemm" and len(node.input) > 2 else ""
+
+
+def add_bias(emitter: Emitter, node: NodeProto, product: str) -> None:
+    """Give a product the name and output of the node that it stands for, with the node's third input added where it has one.
+
+    Args:
+        emitter: its last node yields the product.
+        node: a MatMul or a Gemm for which `gemm_reason` is None.
+        product: that the last node yields.
+    """
+    if addend(node):
+        emitter.node("Add", [product, addend(node)], node.output[0])
+    else:
+        emitter.nodes[-1].output[0] = node.output[0]
+    emitter.nodes[-1].name = node.name

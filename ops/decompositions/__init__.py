@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .base import Decomposition, rebuild, refit_last
 from .lowrank import CHANNEL_SVD, CHANNEL_SVD_DENSE, LOW_RANK, LOW_RANK_DENSE
+from .residual import RESIDUAL
 from .separable import SEPARABLE
 from .tucker2 import TUCKER2
 
 DECOMPOSITIONS: dict[tuple[str, str], Decomposition] = {
-    (d.name, d.execution): d for d in (LOW_RANK, LOW_RANK_DENSE, CHANNEL_SVD, CHANNEL_SVD_DENSE, SEPARABLE, TUCKER2)
+    (d.name, d.execution): d for d in (LOW_RANK, LOW_RANK_DENSE, CHANNEL_SVD, CHANNEL_SVD_DENSE, SEPARABLE, TUCKER2, RESIDUAL)
 }
 """(name, execution) → decomposition. To add one: write its file, list it here."""
 
@@ -18,6 +19,7 @@ __all__ = [
     "DECOMPOSITIONS",
     "LOW_RANK",
     "LOW_RANK_DENSE",
+    "RESIDUAL",
     "SEPARABLE",
     "TUCKER2",
     "Decomposition",

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+from .corrected import fit_corrected
 from .correction import bias_shift
-from .encode import Problem, Reading, Rounding, encode
+from .encoding import Problem, Reading, Rounding, encode
 from .factors import factor_input
-from .gptq import feedback, round_compensated
+from .gptq import Levels, compensation, feedback, round_compensated
 
-__all__ = ["Problem", "Reading", "Rounding", "bias_shift", "encode", "factor_input", "feedback", "round_compensated"]
+__all__ = [
+    "Levels",
+    "Problem",
+    "Reading",
+    "Rounding",
+    "bias_shift",
+    "compensation",
+    "encode",
+    "factor_input",
+    "feedback",
+    "fit_corrected",
+    "round_compensated",
+]

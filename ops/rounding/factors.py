@@ -51,7 +51,7 @@ def projected(moment: Moment, prefix: Float64) -> Moment:
 
 
 def summed(moment: Moment, inner: int) -> Moment:
-    """The moment of an input (inner, position) of one group, summed over positions: a factor that leaves positions alone meets all of them."""
+    """The moment of an input (inner, position) of one group, summed over positions: what a factor meets that leaves them alone."""
     if moment.diagonal:
         return Moment(moment.matrix.reshape(1, inner, -1).sum(2), moment.rows)
     positions = moment.matrix.shape[1] // inner

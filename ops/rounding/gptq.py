@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..decompositions.linalg import Float64, lower_root
 from ..moment import Moment
-from ..storage.grid import Grid
 
 RIDGE = 0.01
 """Share of mean(diag A) added to A, as the paper does: keeps errors from being pushed into inputs that were hardly ever seen."""
@@ -31,6 +31,11 @@ _BLOCK = 64
 _ENTRIES = 1 << 20
 """Entries of a weight that are worked on at once: outputs do not depend on each other."""
 
+_LIMIT = 1e37
+"""Doubles beyond it saturate, so that nothing overflows in float32."""
+
+Float32 = NDArray[np.float32]
+
 
 @dataclass(frozen=True, eq=False)
 class Feedback:
@@ -38,11 +43,30 @@ class Feedback:
 
     Attributes:
         order: the inputs, in the order in which they are rounded, (groups, k) int64.
-        shares: R_jk/R_kk for j < k in that order, (groups, k, k) float64; below the diagonal without meaning.
+        shares: R_jk/R_kk for j < k in that order, (groups, k, k) float32; below the diagonal without meaning.
+        costs: R_kk², what a squared error at input k costs once all others have taken up what they can, (groups, k) float64.
     """
 
     order: NDArray[np.int64]
-    shares: Float64
+    shares: Float32
+    costs: Float64
+
+
+@dataclass(frozen=True, eq=False)
+class Levels:
+    """A uniform grid for a weight (groups, m, n): value = (code − zero)·scale, with code in lowest…highest.
+
+    Attributes:
+        scale: broadcastable to the weight, any float type.
+        zero: the same.
+        lowest: the smallest code.
+        highest: the largest code.
+    """
+
+    scale: NDArray[np.floating[Any]]
+    zero: NDArray[np.floating[Any]]
+    lowest: int
+    highest: int
 
 
 def feedback(moment: Moment) -> tuple[Feedback, ...]:
@@ -60,36 +84,36 @@ def _feedback(moment: Moment, inputs: NDArray[np.int64]) -> Feedback:
     first, last = int(inputs[0]), int(inputs[-1]) + 1
     part = Moment(moment.matrix[:, first:last, first:last], moment.rows).regularized(RIDGE).matrix
     order = np.argsort(-np.diagonal(part, axis1=1, axis2=2), axis=1, kind="stable")
-    for matrix, perm in zip(part, order, strict=True):
+    costs = np.empty(order.shape)
+    for matrix, perm, cost in zip(part, order, costs, strict=True):
         backward = perm[::-1]
         root = lower_root(matrix[np.ix_(backward, backward)])[::-1, ::-1]
+        np.square(np.diagonal(root), out=cost)
         np.divide(root, np.diagonal(root), out=matrix)
-    return Feedback(order + first, part)
+    return Feedback(order + first, part.astype(np.float32), costs)
 
 
-def round_compensated(weight: Float64, grid: Grid, parts: tuple[Feedback, ...]) -> NDArray[np.int16]:
-    """Codes of a weight on a grid whose errors cancel each other as far as the metric lets them.
+def round_compensated(weight: Float64, levels: Levels, parts: tuple[Feedback, ...]) -> tuple[NDArray[np.int16], Float64]:
+    """Codes of a weight whose errors cancel each other as far as the metric lets them.
 
     Args:
         weight: (groups, m, n) float64.
-        grid: scale and zero broadcast to (groups, m, n).
+        levels: the grid.
         parts: from `feedback`.
 
     Returns:
-        (groups, m, n) int16, within the grid's lowest…highest.
+        Codes (groups, m, n) int16 within the grid's lowest…highest, and the squared error of each output (groups, m), in the metric that
+        `feedback` regularized and cut into blocks.
     """
-    codes = np.empty(weight.shape, np.int16)
-    scale, zero = (np.broadcast_to(each, weight.shape) for each in (grid.scale, grid.zero))
+    codes, errors = np.empty(weight.shape, np.int16), np.zeros(weight.shape[:2])
     for part in parts:
         index = part.order[:, :, None]
         for rows in _row_chunks(weight.shape):
-            target, steps, zeros = (
-                np.take_along_axis(each[:, rows].transpose(0, 2, 1), index, 1).astype(np.float64, copy=False)
-                for each in (weight, scale, zero)
-            )
-            found = _round_columns(target, steps, zeros, part.shares, (grid.lowest, grid.highest))
+            target, scale, zero = (_taken(each, weight.shape, rows, index) for each in (weight, levels.scale, levels.zero))
+            found, error = _round_columns(target, scale, zero, (levels.lowest, levels.highest), part)
             np.put_along_axis(codes[:, rows].transpose(0, 2, 1), index, found, 1)
-    return codes
+            errors[:, rows] += error
+    return codes, errors
 
 
 def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
@@ -98,15 +122,44 @@ def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, m, step))
 
 
-def _round_columns(weight: Float64, scale: Float64, zero: Float64, shares: Float64, bounds: tuple[int, int]) -> NDArray[np.int16]:
-    """Codes (groups, k, rows) of inputs in order; scale and zero have the weight's shape (groups, k, rows), shares is (groups, k, k)."""
-    codes, lost = np.empty(weight.shape, np.int16), np.empty_like(weight)
+def _taken(array: NDArray[np.floating[Any]], shape: tuple[int, ...], rows: slice, index: NDArray[np.int64]) -> Float32:
+    """Some outputs of an array that broadcasts to (groups, m, n), as (groups, k, rows): inputs in the order of `index` (groups, k, 1)."""
+    part = np.broadcast_to(array, shape)[:, rows].transpose(0, 2, 1)
+    return np.asarray(np.clip(np.take_along_axis(part, index, 1), -_LIMIT, _LIMIT), np.float32)
+
+
+def _round_columns(
+    weight: Float32, scale: Float32, zero: Float32, bounds: tuple[int, int], part: Feedback
+) -> tuple[NDArray[np.int16], Float64]:
+    """Codes (groups, k, rows) and errors (groups, rows) of inputs in order; weight, scale and zero are (groups, k, rows), too."""
+    codes, lost, errors = np.empty(weight.shape, np.int16), np.empty_like(weight), np.zeros(weight[:, 0].shape)
     for start in range(0, weight.shape[1], _BLOCK):
         stop = min(start + _BLOCK, weight.shape[1])
-        target = weight[:, start:stop] + shares[:, :start, start:stop].transpose(0, 2, 1) @ lost[:, :start]
+        target = weight[:, start:stop] + part.shares[:, :start, start:stop].transpose(0, 2, 1) @ lost[:, :start]
         for k in range(start, stop):
-            code = np.clip(np.rint(target[:, k - start] / scale[:, k]) + zero[:, k], *bounds)
-            codes[:, k] = code
-            lost[:, k] = weight[:, k] - (code - zero[:, k]) * scale[:, k]
-            target[:, k + 1 - start :] += shares[:, k, k + 1 : stop, None] * lost[:, k, None, :]
-    return codes
+            wanted = target[:, k - start]
+            code = (np.rint(wanted / scale[:, k]) + zero[:, k]).clip(*bounds)
+            value = (code - zero[:, k]) * scale[:, k]
+            codes[:, k], lost[:, k] = code, weight[:, k] - value
+            errors += part.costs[:, k, None] * np.square(wanted - value, dtype=np.float64)
+            target[:, k + 1 - start :] += part.shares[:, k, k + 1 : stop, None] * lost[:, k, None, :]
+    return codes, errors
+
+
+def compensation(weight: Float64, moment: Moment) -> float:
+    """What compensated rounding leaves of the error of rounding to nearest, at most 1.
+
+    Both errors grow with the square of the step alike, so one step stands for all of them: that of four bits per output.
+
+    Args:
+        weight: (groups, m, n) float64.
+        moment: of its input.
+    """
+    if moment.diagonal:
+        return 1.0
+    largest = 7
+    peak = np.abs(weight).max(2, keepdims=True)
+    scale = np.where(peak > 0, peak, 1) / largest
+    codes, _ = round_compensated(weight, Levels(scale, np.zeros_like(scale), -largest, largest), feedback(moment))
+    nearest, found = (moment.energy(weight, each * scale) for each in (np.rint(weight / scale), codes))
+    return min(1.0, found / nearest) if nearest > 0 else 1.0

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from .base import IntegerWeight, ScalarStorage, Storage, is_scalar
+from .base import IntegerWeight, ScalarStorage, Storage, is_scalar, readers
+from .codebook import CODEBOOKS
 from .floating import HALF, SAME
 from .grid import Grid
+from .native import INT4_NATIVE
+from .nbits import NBITS
+from .planes import PLANES
 from .requantize import requantize, requantized
+from .rows import ROW_NIBBLES
 from .uniform import UNIFORM
+from .vector import VECTORS
 
-STORAGES: dict[str, Storage] = {storage.name: storage for storage in (SAME, HALF, *UNIFORM)}
+_EVERY: tuple[Storage, ...] = (SAME, HALF, *UNIFORM, INT4_NATIVE, *PLANES, *CODEBOOKS, *VECTORS, ROW_NIBBLES, *NBITS)
+
+STORAGES: dict[str, Storage] = {storage.name: storage for storage in _EVERY}
 """Every storage, by the name that plans and reports use. To add one: write its file, list it here."""
 
-__all__ = ["STORAGES", "Grid", "IntegerWeight", "ScalarStorage", "Storage", "is_scalar", "requantize", "requantized"]
+__all__ = ["STORAGES", "Grid", "IntegerWeight", "ScalarStorage", "Storage", "is_scalar", "readers", "requantize", "requantized"]

@@ -8,7 +8,7 @@ from typing import Protocol, TypeGuard
 import numpy as np
 from numpy.typing import NDArray
 
-from ..emit import Array, Emitter, Spec
+from ..emit import Array, Emitter, Program, Spec
 from .grid import Grid
 
 
@@ -110,8 +110,27 @@ def is_scalar(storage: Storage) -> TypeGuard[ScalarStorage]:
     return callable(getattr(storage, "grid", None)) and callable(getattr(storage, "pack", None))
 
 
+def readers(storage: Storage) -> tuple[str, ...] | None:
+    """Names of the only arithmetics that read a storage, because it cannot be expanded to floats; None where any can."""
+    named: tuple[str, ...] | None = getattr(storage, "arithmetics", None)
+    return named
+
+
 def refusal(array: Spec) -> str | None:
     """Why no packed storage can hold an array: it is empty, or has no axis; None otherwise."""
     if 0 in array.shape:
         return "an empty array"
     return None if array.shape else "a scalar has no channels"
+
+
+INTEGER_CODES = Program(
+    "IntegerCodes",
+    """<unit> (q) => (c) {
+        share = Constant <value: tensor = @unit> ()
+        code = Cast <to = 3> (q)
+        f = Cast <to = 1> (code)
+        v = Mul (f, share)
+        c = Cast <to = 3> (v)
+    }""",
+)
+"""int8 codes, or bytes that are read as such, times a share that leaves them whole."""

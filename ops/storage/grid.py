@@ -66,6 +66,14 @@ class Grid:
         return self.next_coarser()
 
 
+def largest_of(dtype: np.dtype[np.generic]) -> float:
+    """The largest finite value that a decoder, which computes in float32, can give a float type."""
+    if dtype == np.float16:
+        return float(np.finfo(np.float16).max)
+    largest = float(np.finfo(np.float32).max)
+    return largest if dtype.kind == "f" else largest * (1 - 2.0**-8)  # bfloat16 lacks the lowest bits
+
+
 def single(array: NDArray[np.generic]) -> NDArray[np.float32]:
     """A float32 copy in C order; doubles beyond its range saturate."""
     if array.dtype == np.float64:

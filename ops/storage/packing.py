@@ -15,11 +15,9 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
-from ..emit import Array, Emitter, Program, Spec, ints_attribute
-
-BIT_SHIFT_OPSET = 11
-"""The opset that brings `BitShift`."""
+from ..emit import Emitter, Program, Spec, ints_attribute
 
 MODERN_OPSET = 13
 """The opset from which `Slice` and `ReduceProd` take the inputs that programs give them, and `Cast` reads bfloat16."""
@@ -143,11 +141,11 @@ def _two_planes(high: int, low: int) -> Program:
         + _field_lines(high, "high_line", "h", str(8 - high))
         + _field_lines(low, "low_line", "l", str(8 - width))
         + """
-        h_float = Cast <to = 1> (h)
-        l_float = Cast <to = 1> (l)
-        h_flat = Reshape (h_float, row)
-        l_flat = Reshape (l_float, row)
-        sum = Add (h_flat, l_flat)
+        h_flat = Reshape (h, row)
+        l_flat = Reshape (l, row)
+        h_float = Cast <to = 1> (h_flat)
+        l_float = Cast <to = 1> (l_flat)
+        sum = Add (h_float, l_float)
         all = Cast <to = 2> (sum)"""
         + _CROP,
     )
@@ -160,19 +158,20 @@ _UNPACK4_ARITHMETIC = Program(
     """<shape> (q) => (u) {
         sixteenth = Constant <value = float {0.0625}> ()
         sixteen = Constant <value = float {16.0}> ()
-        dims = Constant <value: tensor = @shape> ()
+        sizes = Constant <value: tensor = @shape> ()
+        dims = Cast <to = 7> (sizes)
         f = Cast <to = 1> (q)
         shifted = Mul (f, sixteenth)
         whole = Floor (shifted)
         high = Mul (whole, sixteen)
         rest = Sub (f, high)
         low = Mul (rest, sixteen)
-        all = Concat <axis = 0> (low, high)
+        all = Concat <axis = 0> (high, low)
         byte = Cast <to = 2> (all)
         u = Reshape (byte, dims)
     }""",
 )
-"""Four-bit codes in opsets without `BitShift`; their number is even."""
+"""Four-bit codes in opsets older than `MODERN_OPSET`; their number is even. The shape is double, since old constants are no integers."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +217,7 @@ class Bits:
 
     def pack(self, codes: NDArray[np.int16]) -> NDArray[np.generic]:
         """Fields of each plane, one plane after the other."""
-        rest = (codes.astype(np.uint8).reshape(-1) << (8 - self.width)).astype(np.uint8)
+        rest = np.left_shift(codes.astype(np.uint8).reshape(-1), np.uint8(8 - self.width))
         multiple = 8 // self.planes[0] if len(self.planes) == 1 else 8
         rest = np.pad(rest, (0, -len(rest) % multiple))
         parts = []
@@ -228,26 +227,29 @@ class Bits:
             for number, field in enumerate(fields):
                 packed |= field << (8 - width - width * number)
             parts.append(packed)
-            rest = rest << width
+            rest = np.left_shift(rest, np.uint8(width))
         return np.concatenate(parts)
 
     def unpack(self, packed: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.int8]:
         """The fields of each plane, put together."""
-        packed, count = np.asarray(packed, np.uint8), int(np.prod(shape))
-        rows = len(packed) // self.width if len(self.planes) == 2 else 0
-        parts = (packed[: rows * self.planes[0]], packed[rows * self.planes[0] :]) if rows else (packed,)
-        total, used = np.zeros(1, np.uint8), 0
+        stream, count = np.asarray(packed, np.uint8), int(np.prod(shape))
+        rows = len(stream) // self.width if len(self.planes) == 2 else 0
+        parts = (stream[: rows * self.planes[0]], stream[rows * self.planes[0] :]) if rows else (stream,)
+        total: NDArray[np.uint8] = np.zeros(1, np.uint8)
+        used = 0
         for width, part in zip(self.planes, parts, strict=True):
             shifts = np.arange(0, 8, width, dtype=np.uint8)[:, None]
-            total = total | ((((part << shifts) >> (8 - width)) << (8 - width)) >> used).reshape(-1)
+            fields = ((((part << shifts) >> (8 - width)) << (8 - width)) >> used).astype(np.uint8)
+            total = total | fields.reshape(-1)
             used += width
         return total[:count].reshape(shape).view(np.int8)
 
     def emit(self, emitter: Emitter, packed: str, shape: tuple[int, ...]) -> str:
         """One call."""
-        old = emitter.target.opset < BIT_SHIFT_OPSET
-        program = _UNPACK4_ARITHMETIC if self.width == 4 and (old or emitter.target.opset < MODERN_OPSET) else _UNPACK[self.width]
-        return emitter.call(program, [packed], emitter.name("u"), {"shape": ints_attribute(shape)})
+        if emitter.target.opset < MODERN_OPSET:
+            dims = TensorProto(dims=[len(shape)], data_type=TensorProto.DOUBLE, double_data=shape)
+            return emitter.call(_UNPACK4_ARITHMETIC, [packed], emitter.name("u"), {"shape": dims})
+        return emitter.call(_UNPACK[self.width], [packed], emitter.name("u"), {"shape": ints_attribute(shape)})
 
 
 _TRITS = 5
@@ -289,16 +291,14 @@ class Trits:
         """Digit f of byte j is the code f·m + j, plus 1."""
         flat = (codes.reshape(-1) + 1).astype(np.uint8)
         digits = np.pad(flat, (0, -len(flat) % _TRITS)).reshape(_TRITS, -1)
-        packed = np.zeros(digits.shape[1], np.uint8)
-        for digit in digits[::-1]:
-            packed = packed * np.uint8(3) + digit
-        return packed
+        powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
+        return np.asarray((digits * powers).sum(axis=0), np.uint8)
 
     def unpack(self, packed: NDArray[np.generic], shape: tuple[int, ...]) -> NDArray[np.int8]:
         """The digits, less 1."""
         powers = np.array([1, 3, 9, 27, 81], np.uint8)[:, None]
         digits = np.asarray(packed, np.uint8) // powers % 3
-        return (digits.reshape(-1)[: int(np.prod(shape))].astype(np.int8) - 1).reshape(shape).astype(np.int8)
+        return (digits.reshape(-1)[: int(np.prod(shape))].astype(np.int8) - np.int8(1)).reshape(shape)
 
     def emit(self, emitter: Emitter, packed: str, shape: tuple[int, ...]) -> str:
         """One call."""

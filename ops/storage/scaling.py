@@ -11,9 +11,8 @@ from typing import Any, Protocol
 import ml_dtypes
 import numpy as np
 from numpy.typing import NDArray
-from onnx import TensorProto
 
-from ..emit import Array, Emitter, Program, Spec, ints_attribute, onnx_type
+from ..emit import Array, Emitter, Program, Spec, float_attribute, ints_attribute, onnx_type
 from .packing import MODERN_OPSET
 
 BFLOAT16: np.dtype[Any] = np.dtype(ml_dtypes.bfloat16)
@@ -22,6 +21,7 @@ SMALLEST = 2.0**-110
 """Scales are no smaller, so that no product of the decoder is subnormal."""
 
 LARGEST = float(np.finfo(np.float32).max)
+"""Values are no larger."""
 
 SCALE = Program(
     "Scale",
@@ -126,7 +126,8 @@ class Channels:
     @classmethod
     def read(cls, shape: tuple[int, ...], scales: tuple[int, ...]) -> Channels:
         """The partition of an array of the given shape whose scales have the shape `scales`."""
-        return cls(shape, next((axis for axis, size in enumerate(scales) if size > 1), 0))
+        carrying = (axis for axis, size in enumerate(scales) if size > 1)
+        return cls(shape, next(carrying, shape.index(1) if 1 in shape else 0))  # a single scale lies on an axis of length 1
 
     @property
     def layout(self) -> tuple[int, ...]:
@@ -269,8 +270,8 @@ class ScaleFormat(Protocol):
         """The arrays that hold scales of this shape."""
         ...
 
-    def encode(self, scale: NDArray[np.float32], largest: float) -> tuple[NDArray[np.generic], ...]:
-        """The arrays for scales, of which zeros stand for groups of zeros; decoded, `largest` times each of them is finite."""
+    def encode(self, scale: NDArray[np.float32], limit: float) -> tuple[NDArray[np.generic], ...]:
+        """The arrays for scales, of which zeros stand for groups of zeros; decoded, none of them is larger than `limit`."""
         ...
 
     def decode(self, stored: tuple[NDArray[np.generic], ...]) -> NDArray[np.float32]:
@@ -299,15 +300,15 @@ class BrainFloat:
 
     def rounded(self, scale: NDArray[np.float32]) -> NDArray[np.float32]:
         """To nearest."""
-        return scale.astype(BFLOAT16).astype(np.float32)
+        return np.maximum(scale, np.float32(SMALLEST)).astype(BFLOAT16).astype(np.float32)
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Spec, ...]:
         """One array of the scales' shape."""
         return (Spec(shape, BFLOAT16),)
 
-    def encode(self, scale: NDArray[np.float32], largest: float) -> tuple[NDArray[np.generic], ...]:
+    def encode(self, scale: NDArray[np.float32], limit: float) -> tuple[NDArray[np.generic], ...]:
         """To nearest, within the range; 1 for groups of zeros."""
-        limited = np.clip(np.where(scale > 0, scale, 1), SMALLEST, _floor_bfloat16(LARGEST / largest))
+        limited = np.clip(np.where(scale > 0, scale, 1), SMALLEST, _floor_bfloat16(limit))
         return (limited.astype(BFLOAT16),)
 
     def decode(self, stored: tuple[NDArray[np.generic], ...]) -> NDArray[np.float32]:
@@ -321,6 +322,8 @@ class BrainFloat:
             scale = Spec(scale.shape, np.dtype(np.float32)) if isinstance(scale, Spec) else scale.astype(np.float32)
         return emitter.constant(f"{suffix}.s", scale)
 
+
+BRAIN_FLOAT = BrainFloat()
 
 _POWER_SCALE = Program(
     "PowerScale",
@@ -347,10 +350,10 @@ class PowerOfTwo:
         """One array of the scales' shape."""
         return (Spec(shape, np.dtype(np.int8)),)
 
-    def encode(self, scale: NDArray[np.float32], largest: float) -> tuple[NDArray[np.generic], ...]:
+    def encode(self, scale: NDArray[np.float32], limit: float) -> tuple[NDArray[np.generic], ...]:
         """Exponents within the range; 0 for groups of zeros."""
         exponents = np.rint(np.log2(np.where(scale > 0, np.maximum(scale, np.float32(SMALLEST)), 1)))
-        return (np.minimum(exponents, np.floor(np.log2(LARGEST / largest))).astype(np.int8),)
+        return (np.minimum(exponents, np.floor(np.log2(limit))).astype(np.int8),)
 
     def decode(self, stored: tuple[NDArray[np.generic], ...]) -> NDArray[np.float32]:
         """2^e, exactly."""
@@ -383,16 +386,16 @@ class Double:
 
     def rounded(self, scale: NDArray[np.float32]) -> NDArray[np.float32]:
         """As they are: the unit depends on the whole channel."""
-        return scale
+        return np.maximum(scale, np.float32(SMALLEST))
 
     def layout(self, shape: tuple[int, ...]) -> tuple[Spec, ...]:
         """The multiples, and the units of shape (outer, 1, 1, inner)."""
         return (Spec(shape, np.dtype(np.uint8)), Spec((shape[0], 1, *shape[2:]), BFLOAT16))
 
-    def encode(self, scale: NDArray[np.float32], largest: float) -> tuple[NDArray[np.generic], ...]:
+    def encode(self, scale: NDArray[np.float32], limit: float) -> tuple[NDArray[np.generic], ...]:
         """Units by which the largest scale of a channel is 255 (a little more or less, by rounding); multiples from 1."""
         peak = scale.max(axis=1, keepdims=True)
-        unit = np.clip(np.where(peak > 0, peak / 255, 1), SMALLEST, _floor_bfloat16(LARGEST / largest / 255)).astype(BFLOAT16)
+        unit = np.clip(np.where(peak > 0, peak / 255, 1), SMALLEST, _floor_bfloat16(limit / 255)).astype(BFLOAT16)
         return (np.clip(np.rint(scale / unit.astype(np.float32)), 1, 255).astype(np.uint8), unit)
 
     def decode(self, stored: tuple[NDArray[np.generic], ...]) -> NDArray[np.float32]:
@@ -438,11 +441,6 @@ _FLAT_SCALE = Program(
         s = Reshape (v, flat)
     }""",
 )
-
-
-def float_attribute(value: float) -> TensorProto:
-    """A float32 scalar; a tensor, because `Constant` takes plain floats from opset 12 on only."""
-    return TensorProto(data_type=TensorProto.FLOAT, float_data=[value])
 
 
 def emit_flat_scale(emitter: Emitter, scale: str, factor: float) -> str:

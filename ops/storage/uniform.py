@@ -10,23 +10,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from ..emit import Array, Emitter, Program, Spec
-from .base import IntegerWeight, refusal
-from .grid import Grid
+from ..emit import Array, Emitter, Program, Spec, float_attribute
+from .base import INTEGER_CODES, IntegerWeight, refusal
+from .grid import Grid, largest_of
 from .packing import MODERN_OPSET, Bits, Bytes, Packing, Trits
-from .scaling import Blocks, BrainFloat, Channels, Double, Partition, PowerOfTwo, ScaleFormat, emit_flat_scale, emit_scaled, float_attribute
+from .scaling import BRAIN_FLOAT, LARGEST, Blocks, Channels, Double, Partition, PowerOfTwo, ScaleFormat, emit_flat_scale, emit_scaled
 from .search import search_scales
-
-_INTEGER_CODES = Program(
-    "IntegerCodes",
-    """<unit> (q) => (c) {
-        share = Constant <value: tensor = @unit> ()
-        code = Cast <to = 3> (q)
-        f = Cast <to = 1> (code)
-        v = Mul (f, share)
-        c = Cast <to = 3> (v)
-    }""",
-)
 
 _INTEGER_DIFFERENCES = Program(
     "IntegerDifferences",
@@ -41,6 +30,7 @@ _INTEGER_DIFFERENCES = Program(
         c = Cast <to = 3> (v)
     }""",
 )
+
 
 @dataclass(frozen=True)
 class Uniform:
@@ -57,7 +47,7 @@ class Uniform:
     packing: Packing
     label: str
     block: int | None = None
-    scales: ScaleFormat = BrainFloat()
+    scales: ScaleFormat = BRAIN_FLOAT
     shifted: bool = False
 
     @property
@@ -99,7 +89,7 @@ class Uniform:
         """Searched scales and zero points, as the decoder will see them."""
         partition, packing = self.partition(array.shape, axis), self.packing
         ideal, zero = search_scales(array, partition, packing.lowest, packing.highest, self._written, importance, self.shifted)
-        stored = self.scales.encode(ideal / np.float32(packing.unit), self._largest)
+        stored = self.scales.encode(ideal / np.float32(packing.unit), largest_of(array.dtype) / self._largest)
         scale = self.scales.decode(stored) * np.float32(packing.unit)
         zeros = (packing.pack(zero.astype(np.int16)),) if self.shifted else ()
         spread = partition.spread(scale), partition.spread(zero) if self.shifted else np.zeros((1,) * array.ndim, np.float32)
@@ -112,8 +102,10 @@ class Uniform:
         return float(span * self.packing.unit)
 
     def _written(self, scale: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Scales as they can be written; those next to the end of float32 have room to be rounded up."""
         unit = np.float32(self.packing.unit)
-        return self.scales.rounded(scale / unit) * unit
+        limited: NDArray[np.float32] = np.minimum(scale / unit, np.float32(LARGEST / 2) / unit)
+        return self.scales.rounded(limited) * unit
 
     def pack(self, codes: NDArray[np.int16], grid: Grid) -> tuple[NDArray[np.generic], ...] | None:
         """The packed codes and what the grid holds; never None."""
@@ -152,7 +144,7 @@ class Uniform:
         if zero is not None:
             codes = emitter.call(_INTEGER_DIFFERENCES, [codes, zero], emitter.name("c"), share)
         elif self.packing.unit > 1:
-            codes = emitter.call(_INTEGER_CODES, [codes], emitter.name("c"), share)
+            codes = emitter.call(INTEGER_CODES, [codes], emitter.name("c"), share)
         scale = self.scales.emit(emitter, suffix, packed[self._stored])
         return IntegerWeight(codes, emit_flat_scale(emitter, scale, self.packing.unit), axis)
 
@@ -161,9 +153,7 @@ class Uniform:
         """Which of the packed arrays are the scale format's."""
         return slice(1, -1) if self.shifted else slice(1, None)
 
-    def _emit_codes(
-        self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], partition: Partition
-    ) -> tuple[str, str | None]:
+    def _emit_codes(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], partition: Partition) -> tuple[str, str | None]:
         codes = self.packing.emit(emitter, emitter.constant(f"{suffix}.q", packed[0]), partition.layout)
         if not self.shifted:
             return codes, None

@@ -48,6 +48,14 @@ def test_regularization_adds_a_share_of_the_mean_square_and_changes_no_input() -
     assert moment.regularized().rows == moment.rows
 
 
+def test_the_mean_is_kept() -> None:
+    mean = normal(1, 2, 5).astype(np.float64)
+    moment = Moment(moment_of(4, 2, 5).matrix, 3, mean)
+    assert moment.regularized().mean is mean
+    assert moment.shrunk().mean is mean
+    assert moment_of(4, 2, 5).shrunk().mean is None
+
+
 @pytest.mark.parametrize("matrix", [np.zeros((2, 4, 4)), np.zeros((2, 4))])
 def test_an_input_that_was_always_zero_gets_a_metric(matrix: np.ndarray) -> None:
     assert (Moment(matrix, 3).regularized(0.01).diag == 0.01).all()

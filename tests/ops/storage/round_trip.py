@@ -26,7 +26,7 @@ def check_layout(storage: Storage, array: Array, axis: int) -> None:
 
 def emit(storage: Storage, array: Array, axis: int, *, functions: bool) -> tuple[Emitter, Array]:
     """The program with a reader that every type has a kernel for: a Gather of all rows, by indices that are an input."""
-    emitter = emitter_for(functions=functions)
+    emitter = emitter_for(max(18, storage.min_opset(spec_of(array))), functions=functions)
     packed = storage.encode(array, axis)
     weight = storage.emit(emitter, "", packed, spec_of(array))
     rows = emitter.node("Gather", [weight, "index"], "y")
@@ -45,6 +45,23 @@ def check_round_trip(storage: Storage, array: Array, axis: int) -> None:
             (actual,) = run(emitter, feed, ["z" if array.dtype == BFLOAT16 else "y"], optimize=optimize)
             np.testing.assert_array_equal(actual, expected.astype(np.float32) if array.dtype == BFLOAT16 else expected)
             assert actual.dtype == (np.float32 if array.dtype == BFLOAT16 else array.dtype)
+
+
+def check_integers(storage: Storage, array: Array, axis: int) -> None:
+    """int8 codes times scales are the decoded values, exactly: both are one product in float32 of the same two numbers."""
+    packed = storage.encode(array, axis)
+    for functions in (True, False):
+        emitter = emitter_for(max(18, storage.min_opset(spec_of(array))), functions=functions)
+        weight = storage.emit_integer(emitter, "", packed, spec_of(array), axis)
+        assert weight is not None
+        assert weight.axis == axis
+        emitter.node("Identity", [weight.codes], "codes")
+        emitter.node("Identity", [weight.scale], "scale")
+        for optimize in (True, False):
+            codes, scale = run(emitter, {}, ["codes", "scale"], optimize=optimize)
+            assert (codes.shape, codes.dtype, scale.shape, scale.dtype) == (array.shape, np.int8, (array.shape[axis],), np.float32)
+            spread = np.expand_dims(scale, [i for i in range(array.ndim) if i != axis])
+            np.testing.assert_array_equal((codes * spread).astype(array.dtype), storage.decode(packed, spec_of(array)))
 
 
 def check_folds(storage: Storage, array: Array, axis: int, folder: Path) -> None:
