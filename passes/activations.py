@@ -90,9 +90,7 @@ def _divergence(job: Job, values: Sequence[str]) -> dict[str, float]:
     """Divergence of the outputs when each value alone is rounded; values that cannot be rounded are left out."""
     ranges = calibrated(job.model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration, "mse")
     probe = job.probe()
-    return {
-        value: max(0.0, probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges
-    }
+    return {value: max(0.0, probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges}
 
 
 def _outside(proto: ModelProto, units: Mapping[str, Unit], sites: Sequence[Site], carriers: Sequence[Carrier]) -> frozenset[str]:

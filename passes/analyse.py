@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intaglio.ops.arithmetic import ARITHMETICS
-from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.solver import Cost
 
@@ -28,7 +28,9 @@ from .parallel import in_parallel, workers
 from .plan import Candidate, Menu
 from .price import SizePricer
 from .propose import Allowed, Proposal, propose
+from .prune import Channels
 from .recall import Finding, Findings
+from .refit import channel_orders, channels_of, pruned_forms, pruning_trials
 from .rewrite import ghosts
 from .sensitivity import Curve, Probe, Sensitivity
 from .session import open_session
@@ -55,9 +57,10 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         progress: shows how far the analysis is.
     """
     sizes = job.sizes()
-    allowed = job.settings.allowed()
+    allowed = _allowed(job, latency)
+    channels = channels_of(job) if PRUNED in allowed.decompositions else Channels()
     known = Findings(job, allowed, cache)
-    findings = _find(job, allowed, known, progress)
+    findings = _find(job, allowed, channels, known, progress)
     with job.clock.phase("price"):
         timer, base_s = _timer(job, cache, latency)
         narrow = latency and timer is not None
@@ -67,34 +70,52 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
             _calibrate_integers(job, rows, activations, timer)
         coupling = _coupling(activations, sizes, timer)
         candidates = {
-            site.name: _offered(site, rows[site.name], activations, coupling, timer, latency)
+            site.name: _agreeing(site, channels, _offered(site, rows[site.name], activations, coupling, timer, latency))
             for site in progress(job.sites.sites, "Timing", len(job.sites))
         }
         for carrier in activations.carriers:
             if timer is not None:
                 candidates[carrier.name] = _carrier_candidates(carrier.name, timer.carry(carrier), coupling)
-    shared = {**coupling.resources, **activations.dynamic_costs(), **{name: Cost(size) for name, size in sizes.shared.items()}}
+    shared = {
+        **coupling.resources,
+        **channels.resources(),
+        **activations.dynamic_costs(),
+        **{name: Cost(size) for name, size in sizes.shared.items()},
+    }
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
-    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit)
+    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit, job.equalized)
 
 
-def _find(job: Job, allowed: Allowed, known: Findings, progress: Progress) -> dict[str, Finding]:
+def _allowed(job: Job, latency: bool) -> Allowed:
+    """The forms that race: fewer channels by default only where latency counts, as they make the analysis longer."""
+    allowed = job.settings.allowed()
+    if not latency or job.settings.decompositions:
+        return allowed
+    return replace(allowed, decompositions=(*allowed.decompositions, PRUNED))
+
+
+def _find(job: Job, allowed: Allowed, channels: Channels, known: Findings, progress: Progress) -> dict[str, Finding]:
     """The finding of every site: as known, or made and noted at once, so that an interrupted analysis goes on where it stopped."""
     found = {site.name: finding for site in job.sites if (finding := known.get(site.name)) is not None}
     wanted = [site for site in job.sites if site.name not in found]
     if not wanted:
         return found
     probe = job.probe()
+    orders = channel_orders(job) if channels.groups else {}
 
     def look(measured: tuple[Site, Moment]) -> tuple[Site, Moment, tuple[Proposal, ...]]:
         site, moment = measured[0], measured[1].shrunk()
         with job.clock.phase("propose"):
-            return site, moment, propose(site, site.value(job.model), moment, allowed)[0]
+            value = site.value(job.model)
+            pruned = pruned_forms(channels, site, value, moment, orders)
+            return site, moment, propose(site, value, moment, allowed, pruned)[0]
 
     looked = in_parallel(look, measured_sites(job, wanted), workers(wanted))
     for site, moment, proposals in progress(looked, "Analysing", len(wanted)):
         with job.clock.phase("price"):
-            curves = _sensitivity(site, site.value(job.model), moment, proposals, probe)
+            value = site.value(job.model)
+            trials = pruning_trials(channels, site, value, moment, orders)
+            curves = _sensitivity(site, value, moment, proposals, probe, trials)
         found[site.name] = Finding(proposals, curves)
         known.put(site.name, found[site.name])
     return found
@@ -124,8 +145,15 @@ def measured_sites(job: Job, wanted: Sequence[Site] | None = None) -> Iterator[t
                 yield site, moments[site.name]
 
 
-def _sensitivity(site: Site, value: NDArray[Any], moment: Moment, proposals: Sequence[Proposal], probe: Probe) -> Sensitivity:
-    """Measure a site's curves on a few trial forms that are folded at load, in floats."""
+def _sensitivity(
+    site: Site,
+    value: NDArray[Any],
+    moment: Moment,
+    proposals: Sequence[Proposal],
+    probe: Probe,
+    pruned: Sequence[tuple[float, NDArray[Any]]] = (),
+) -> Sensitivity:
+    """Measure a site's curves on a few trial forms that are folded at load, in floats, and on weights without some of their inputs."""
     whole = [p for p in proposals if p.form.execution == "dense" and p.form.arithmetic == "float"]
     dense = [p for p in whole if p.form.decomposition == "dense" and p.rounding > 1e-6]
     lowrank = [p for p in whole if p.form.storage == "float" and p.form.ranks and p.truncation > 0]
@@ -135,13 +163,24 @@ def _sensitivity(site: Site, value: NDArray[Any], moment: Moment, proposals: Seq
         for trial in trials:
             _, weight = pack(site, trial.form, value, moment)
             points.append((trial.truncation + trial.rounding, probe.replaced(site, site.stored(weight))))
+        return finite(points)
+
+    def finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return [point for point in points if np.isfinite(point[1])] or points
 
     rounding = measured(_nearest(dense, TRIAL_ROUNDINGS[1:] if probe.segmented else TRIAL_ROUNDINGS))
     if probe.segmented and rounding:
         lowrank = []  # every trial reads the whole file: one has to do
     truncation = measured(_nearest(lowrank, TRIAL_ERRORS))
-    return Sensitivity(Curve.through(rounding or truncation), Curve.through(truncation or rounding))
+    pruning = finite([(error, probe.replaced(site, weight)) for error, weight in pruned])
+    curves = (rounding or truncation or pruning, truncation or rounding or pruning, pruning or truncation or rounding)
+    return Sensitivity(*map(Curve.through, curves))
+
+
+def _divergence(curves: Sensitivity, proposal: Proposal) -> float:
+    """What a form does to the outputs, as predicted by the curves of its site."""
+    left_out = curves.pruning if proposal.form.decomposition == PRUNED else curves.truncation
+    return left_out(proposal.truncation) + curves.rounding(proposal.rounding)
 
 
 def _nearest(proposals: Sequence[Proposal], errors: Sequence[float]) -> list[Proposal]:
@@ -157,7 +196,7 @@ def _priced(site: Site, finding: Finding, sizes: SizePricer) -> list[Candidate]:
     rows, curves = [], finding.curves
     for proposal in _worthwhile(site, finding):
         size = sizes.price(site, proposal.form)
-        divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
+        divergence = _divergence(curves, proposal)
         rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, proposal.truncation + proposal.rounding, size.shared))
     return [row for row in rows if np.isfinite(row.divergence)]
 
@@ -172,7 +211,7 @@ def _worthwhile(site: Site, finding: Finding) -> Iterator[Proposal]:
             yield proposal
             continue
         payload = sum(array.nbytes for packed in ghosts(site, form) for array in packed)
-        divergence = curves.truncation(proposal.truncation) + curves.rounding(proposal.rounding)
+        divergence = _divergence(curves, proposal)
         runs = (form.decomposition, form.ranks) if form.execution == "contract" else ()
         native = form.storage if form.arithmetic in ("nbits", "rows") else ""
         alike.setdefault((form.arithmetic, form.execution, runs, native), []).append((payload, divergence, proposal))
@@ -244,6 +283,16 @@ def _offered(
         if latency or not beaten:
             kept.append(replace(row, latency_s=timer.change(site, form)))
     return tuple(kept)
+
+
+def _agreeing(site: Site, channels: Channels, rows: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """The candidates of a site, coupled to those of the layers that share channels with it."""
+    coupled = []
+    for row in rows:
+        terms = channels.terms(site, row.form)
+        size = row.size_bytes - terms.saved_bytes
+        coupled.append(replace(row, size_bytes=size, provides=(*row.provides, *terms.provides), requires=terms.requires))
+    return tuple(coupled)
 
 
 def _carrier_candidates(name: str, change_s: float, coupling: Coupling) -> tuple[Candidate, ...]:

@@ -11,6 +11,7 @@ from .job import Job
 from .options import Progress, silent
 from .pipeline import Outcome, verified
 from .plan import Plan
+from .prepare import equalized
 from .replan import check_model
 from .verify import compare
 
@@ -28,6 +29,8 @@ def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
         VerificationError: the plan, as it was solved, does not keep its budget on held-out data.
     """
     check_model(job.original, plan)
+    if plan.menu.equalized:
+        job = equalized(job, always=True)
     model = build(job, plan.forms, progress=progress)
     with job.clock.phase("verify"):
         measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence

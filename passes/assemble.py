@@ -1,4 +1,5 @@
-"""Put a plan's parts together: fragments in place of weights, then quantized activations around what runs in integers."""
+"""Put a plan's parts together: fragments in place of weights, what pruning cuts between them, then quantized activations around what runs
+in integers."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from .channels import Cut, cut_between
 from .integer import place, quantized_values
 from .model import Model
 from .ranges import Range
@@ -23,7 +25,12 @@ def unit_ranges(model: Model, operators: Sequence[str], values: Sequence[str]) -
 
 
 def assemble(
-    model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Site], carried: Sequence[Carrier], ranges: Ranges
+    model: Model,
+    fragments: Mapping[str, Fragment],
+    sites: Sequence[Site],
+    carried: Sequence[Carrier],
+    ranges: Ranges,
+    cuts: Sequence[Cut] = (),
 ) -> Model:
     """A copy of the model with the given fragments in it, and with the given operators in integers.
 
@@ -33,8 +40,11 @@ def assemble(
         sites: the sites.
         carried: operators without weights that run in integers.
         ranges: of the activations that are quantized.
+        cuts: the channel groups that fragments of pruned sites have cut.
     """
     rewritten = rewrite(model, fragments, sites)
+    if cuts:
+        rewritten = cut_between(rewritten, cuts)
     operators = [name for fragment in fragments.values() for name in fragment.coupled]
     operators += [carrier.node.output[0] for carrier in carried]
     if not operators:

@@ -1,13 +1,15 @@
 """Bias correction: give back the mean that rounding a weight takes from its layer's output.
 
-An error Δ of a weight moves the mean of the layer's output by Δ·E[x]; the layer's bias can take exactly that back, at no cost (Nagel et al.,
-"Data-free quantization through weight equalization and bias correction", 2019, section 4.2, with measured instead of modelled means).
+An error Δ of a weight moves the mean of the layer's output by Δ·E[x]; the layer's bias can take exactly that back, at no cost (Nagel et
+al., "Data-free quantization through weight equalization and bias correction", 2019, section 4.2, with measured instead of modelled means).
 
-Must not fire on: layers without a bias of their own, biases that something else reads or that callers may override, scaled Gemms, tied
-weights, nested graphs.
+Must not fire on: layers without a bias of their own, biases that something else reads or that callers may override or that do not lie along
+the outputs, scaled Gemms, ConvTranspose (whose outputs do not all see the same part of the kernel), tied weights, nested graphs.
 """
 
 from __future__ import annotations
+
+import math
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +19,7 @@ from .graph import MAIN, ValueIndex
 from .model import Model
 from .sites import Site
 
-_CONVOLUTIONS = ("Conv", "FusedConv", "ConvTranspose")
+_CONVOLUTIONS = ("Conv", "FusedConv")
 
 
 def find_bias(model: Model, site: Site, index: ValueIndex) -> TensorProto | None:
@@ -33,7 +35,8 @@ def find_bias(model: Model, site: Site, index: ValueIndex) -> TensorProto | None
     node = site.use.node
     name = _bias_name(node, site, index)
     tensor = next((t for t in model.proto.graph.initializer if t.name == name), None)
-    if tensor is None or tensor.data_type != TensorProto.FLOAT or int(np.prod(tensor.dims)) != site.use.view.groups * site.use.view.m:
+    outputs = site.use.view.groups * site.use.view.m
+    if tensor is None or tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) != outputs or tensor.dims[-1] != outputs:
         return None
     taken = any(value.name == name for value in (*model.proto.graph.input, *model.proto.graph.output))
     return None if taken or len(index.uses(tensor.name)) != 1 else tensor
@@ -57,4 +60,3 @@ def _bias_name(node: NodeProto, site: Site, index: ValueIndex) -> str | None:
         if len(readers) == 1 and readers[0].node.op_type == "Add":
             return next((name for name in readers[0].node.input if name != node.output[0]), None)
     return None
-

@@ -8,13 +8,14 @@ from functools import partial
 
 import numpy as np
 
-from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import bias_shift
 
 from .assemble import assemble, unit_ranges
 from .bias import corrected, find_bias
 from .calibrate import calibrate, moment_parts
+from .channels import Cut
 from .errors import InputError
 from .fit import rebuilt, store
 from .graph import ValueIndex, all_names
@@ -25,6 +26,7 @@ from .options import Progress, silent
 from .parallel import in_parallel, workers
 from .price import noise
 from .ranges import METHODS, Range, collect
+from .refit import channel_orders, channels_of, fit_pruned, original_moments
 from .regions import Carrier
 from .rewrite import Fragment, declines, fragment, ghosts, rewrite, spooled
 from .sites import Site
@@ -40,6 +42,8 @@ RANGE_SAMPLES = 256
 def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -> Model:
     """Fit the chosen forms, stage by stage on inputs from the compressed prefix, and rewrite the model.
 
+    Pruned sites are fitted on inputs from the original model, as those have all channels there.
+
     Raises:
         InputError: a form names an unknown site, or one that cannot take it.
     """
@@ -49,7 +53,7 @@ def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -
     index = ValueIndex(job.model.proto)
     fragments: dict[str, Fragment] = {}
     current = job.model
-    stages = _stages(chosen)
+    stages = _stages([site for site in chosen if forms[site.name].decomposition != PRUNED])
     for stage in progress(stages, "Fitting", len(stages)):
         with job.clock.phase("fit"):
             moments = calibrate(current, stage, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
@@ -57,15 +61,17 @@ def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -
             for site, part in zip(stage, in_parallel(fit, stage, workers(stage)), strict=True):
                 fragments[site.name] = part
             current = rewrite(job.model, fragments, chosen)
+    cuts = _cuts(job, forms)
     with job.clock.phase("fit"):
-        return assemble(job.model, fragments, chosen, carried, partial(_ranges, job))
+        fragments |= _pruned(job, forms, [site for site in chosen if site.name not in fragments], cuts, taken, index)
+        return assemble(job.model, fragments, chosen, carried, partial(_ranges, job), cuts)
 
 
 def check(job: Job, forms: Mapping[str, Form]) -> None:
     """Raise unless every form fits what it names.
 
     Raises:
-        InputError: a form names an unknown site, or one that cannot take it.
+        InputError: a form names an unknown site, or one that cannot take it, or layers disagree about their channels.
     """
     sites = {site.name: site for site in job.sites}
     carriers = {carrier.name for carrier in job.carriers}
@@ -77,6 +83,7 @@ def check(job: Job, forms: Mapping[str, Form]) -> None:
         reason = None if form == UNCHANGED else declines(sites[name], form)
         if reason:
             raise InputError(f"plan: site {name!r} cannot take {form}: {reason}; choose another form")
+    _placeholders(job, forms)
 
 
 def _chosen(job: Job, forms: Mapping[str, Form]) -> list[Site]:
@@ -85,6 +92,35 @@ def _chosen(job: Job, forms: Mapping[str, Form]) -> list[Site]:
 
 def _carried(job: Job, forms: Mapping[str, Form]) -> list[Carrier]:
     return [carrier for carrier in job.carriers if forms.get(carrier.name, UNCHANGED) == CARRIED]
+
+
+def _placeholders(job: Job, forms: Mapping[str, Form]) -> tuple[Cut, ...]:
+    """The groups that forms cut, before it is known which channels stay; none of them is looked for where nothing is pruned."""
+    return channels_of(job).cuts(forms) if any(form.decomposition == PRUNED for form in forms.values()) else ()
+
+
+def _cuts(job: Job, forms: Mapping[str, Form]) -> tuple[Cut, ...]:
+    """The groups that forms cut, with the channels that stay."""
+    names = frozenset(cut.group.name for cut in _placeholders(job, forms))
+    return channels_of(job).cuts(forms, channel_orders(job, names)) if names else ()
+
+
+def _pruned(
+    job: Job, forms: Mapping[str, Form], sites: Sequence[Site], cuts: Sequence[Cut], taken: frozenset[str], index: ValueIndex
+) -> dict[str, Fragment]:
+    """Fit the pruned sites, by name."""
+    fragments: dict[str, Fragment] = {}
+    by_group = {cut.group.name: cut for cut in cuts}
+    for part in moment_parts(sites):
+        moments = original_moments(job, part)
+
+        def fit(site: Site, moments: Mapping[str, Moment] = moments) -> Fragment:
+            moment, channels = moments[site.name].shrunk(), channels_of(job)
+            fitted = fit_pruned(job.model, site, forms[site.name], moment, channels, by_group, taken, index)
+            return spooled(fitted, job.model.weights)
+
+        fragments |= zip((site.name for site in part), in_parallel(fit, part, workers(part)), strict=True)
+    return fragments
 
 
 def _fitted(
@@ -123,7 +159,7 @@ def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     for site in chosen:
         arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, run[site.name]))
         fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken)
-    return assemble(job.model, fragments, chosen, _carried(job, forms), unit_ranges)
+    return assemble(job.model, fragments, chosen, _carried(job, forms), unit_ranges, _placeholders(job, forms))
 
 
 def _stages(sites: Sequence[Site]) -> list[list[Site]]:

@@ -34,7 +34,7 @@ from intaglio.ops.view import MatrixView
 
 from .graph import MAIN, ValueIndex, output_names, reads
 from .model import Model
-from .rewrite import ghost_tensor
+from .rewrite import channel_axes, ghost_tensor
 from .sites import Site, SiteUse
 
 Int64 = NDArray[np.int64]
@@ -134,7 +134,7 @@ def pruned_shape(site: Site, block: int, count_in: int | None, count_out: int | 
         count_out: channels that it writes; None where its outputs stay.
     """
     shape = list(site.shape)
-    in_axis, out_axis = _axes(site)
+    in_axis, out_axis = channel_axes(site)
     if count_in is not None:
         shape[in_axis] = shape[in_axis] * block * count_in // site.use.view.n
     if count_out is not None:
@@ -162,7 +162,7 @@ def pruned_weight(
         ValueError: channels that are not ascending or not there.
     """
     matrix, view = site.matrix(value), site.use.view
-    outputs = site.shape[_axes(site)[1]]
+    outputs = site.shape[channel_axes(site)[1]]
     if kept_in is not None:
         matrix = refit(matrix, moment, block, kept_in)
     if kept_out is not None:
@@ -232,6 +232,36 @@ def prune(
     return _changed(model, changes, attributes, values)
 
 
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """A group that is cut.
+
+    Attributes:
+        group: the group.
+        kept: its channels that stay, ascending int64.
+    """
+
+    group: ChannelGroup
+    kept: Int64
+
+
+def cut_between(model: Model, cuts: Iterable[Cut]) -> Model:
+    """A copy of a model whose layers have lost channels already, in which what lies between them loses the same ones.
+
+    Changed are constants, the attribute `group` of depthwise operators and what is written about shapes; the weights of sites are not,
+    depthwise ones included. A constant is cut as it is in this model, so biases may have been corrected before.
+    """
+    changes: dict[str, NDArray[np.generic]] = {}
+    attributes: dict[str, int] = {}
+    values: set[str] = set()
+    for cut in cuts:
+        slices = tuple(part for part in cut.group.slices if part.initializer not in cut.group.depthwise)
+        changes |= pruned_constants(model, replace(cut.group, slices=slices), cut.kept)
+        attributes |= pruned_attributes(cut.group, len(cut.kept))
+        values.update(cut.group.values)
+    return _changed(model, changes, attributes, values)
+
+
 def _changed(model: Model, changes: Mapping[str, NDArray[np.generic]], attributes: Mapping[str, int], values: set[str]) -> Model:
     """A copy with other initializers and `group` attributes, and without what was written about the shapes of `values`."""
     proto = ModelProto()
@@ -250,11 +280,6 @@ def _changed(model: Model, changes: Mapping[str, NDArray[np.generic]], attribute
     del proto.graph.value_info[:]
     proto.graph.value_info.extend(described)
     return replace(model, proto=proto)
-
-
-def _axes(site: Site) -> tuple[int, int]:
-    """The axes of a stored weight along which its input and output channels lie."""
-    return (1, 0) if site.use.view.outputs_first else (0, 1)
 
 
 @dataclass(frozen=True)
@@ -463,7 +488,7 @@ class _Tracer:
         """Note a consumer; a reason if the channels do not lie where it reads them."""
         draft = self._draft(layout)
         expected = len(site.shape) - 1 if node.op_type in _IMAGES else 1
-        entries, rest = divmod(site.shape[_axes(site)[0]], draft.size)
+        entries, rest = divmod(site.shape[channel_axes(site)[0]], draft.size)
         if layout.axis != expected or rest or (entries != 1 and not layout.flat):
             return f"{node.op_type} reads it along another axis"
         draft.consumers.append(Reader(site.name, site.use.view.n // draft.size))
@@ -472,7 +497,7 @@ class _Tracer:
     def _write(self, node: NodeProto, site: Site, reason: str | None) -> None:
         """Begin a group with what a layer writes."""
         axis, rank = self._output_layout(node, site)
-        draft = _Draft(node.output[0], site.shape[_axes(site)[1]], [site.name])
+        draft = _Draft(node.output[0], site.shape[channel_axes(site)[1]], [site.name])
         layout = _Layout(len(self._drafts), axis, rank)
         self._drafts.append(draft)
         self._parents.append(layout.group)

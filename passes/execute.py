@@ -27,8 +27,8 @@ from .options import Runtime
 from .session import CPU, Session, Value, array_bytes, open_session, read_tensor, to_array, to_value
 from .weights import WeightStore, is_external
 
-_UNKNOWN_EXPANSION = 8
-"""A computed weight of unknown shape counts as this many times the initializers behind it: 4-bit codes as float32."""
+_UNKNOWN_EXPANSION = 16
+"""A computed weight of unknown shape counts as this many times the initializers behind it: 2-bit codes as float32."""
 
 _SHAPE_DATA_BYTES = 1024
 """Initializers up to this size may hold shapes, so that shape inference gets to see their contents."""
@@ -320,7 +320,7 @@ def _inferred_sizes(graph: _Graph, weight_nodes: Iterable[int]) -> dict[str, int
         if small and not is_external(tensor):
             skeleton.graph.initializer.append(tensor)
     sizes = {}
-    for value in shape_inference.infer_shapes(skeleton, data_prop=True).graph.value_info:
+    for value in shape_inference.infer_shapes(skeleton).graph.value_info:
         tensor_type = value.type.tensor_type
         dims = [dim.dim_value for dim in tensor_type.shape.dim if dim.HasField("dim_value")]
         if tensor_type.elem_type and tensor_type.HasField("shape") and len(dims) == len(tensor_type.shape.dim):

@@ -34,6 +34,7 @@ _GAIN_OUTPUTS = 64
 Arrays = tuple[tuple[NDArray[np.generic], ...], ...]
 
 COMPENSATED = Rounding()
+"""How integers are chosen unless a caller says otherwise."""
 
 
 def fit_factors(site: Site, form: Form, weight: NDArray[np.float64], moment: Moment) -> tuple[NDArray[np.float64], ...]:

@@ -17,7 +17,7 @@ Operators that touch a value without a range stay in floats. No weight is read.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
@@ -29,7 +29,7 @@ from .graph import ValueIndex, all_names
 from .model import Model
 from .ranges import Range
 from .regions import KEEPING, MIN_OPSET, activation_inputs, added_bias, clip_bounds, data_inputs, is_bias, unit_output, value_types, varying
-from .rewrite import FUNCTION_IR, OPTIONAL_INPUT_IR, _carry
+from .rewrite import FUNCTION_IR, OPTIONAL_INPUT_IR, carry
 from .sites import opset
 
 _PRODUCTS = frozenset(("Gemm", "MatMul"))
@@ -163,10 +163,12 @@ def _units(proto: ModelProto, operators: Collection[str]) -> list[_Unit]:
 
 def _quantized(units: Sequence[_Unit]) -> list[str]:
     """Every value that gets a pair: what the units read, and what they yield in bytes."""
-    return list(dict.fromkeys(name for unit in units for name in (*unit.inputs, *_yields(unit, _read(units)))))
+    read = _read(units)
+    return list(dict.fromkeys(name for unit in units for name in (*unit.inputs, *_yields(unit, read))))
 
 
 def _read(units: Sequence[_Unit]) -> set[str]:
+    """Every value that some unit reads."""
     return {name for unit in units for name in unit.inputs}
 
 
@@ -176,7 +178,7 @@ def _yields(unit: _Unit, read: Collection[str]) -> tuple[str, ...]:
 
 
 def _with_ranges(units: list[_Unit], ranges: Mapping[str, Range]) -> tuple[list[_Unit], dict[str, Range]]:
-    """The units all of whose values have ranges, and these ranges, narrowed to the bounds of absorbed activations."""
+    """The units all of whose values have ranges, and these ranges, in the order of `_quantized`."""
     while True:
         known: dict[str, Range] = {}
         sources = {unit.output: unit.source for unit in units}
@@ -263,45 +265,47 @@ class _Splice:
         self.proto.graph.node.extend(copies)
 
 
-@dataclass(eq=False)
 class _Placement:
-    """Puts units of a model into integers.
+    """Puts units of a model into integers."""
 
-    Attributes:
-        proto: the model, which `apply` changes.
-        units: the operators, in the order of the graph.
-        ranges: of every value that gets a pair.
-    """
+    def __init__(self, proto: ModelProto, units: Sequence[_Unit], ranges: Mapping[str, Range]) -> None:
+        """Look at the model, which `apply` will change.
 
-    proto: ModelProto
-    units: Sequence[_Unit]
-    ranges: Mapping[str, Range]
-    _parameters: dict[str, tuple[str, str]] = field(default_factory=dict)
-    _programs: dict[str, Program] = field(default_factory=dict)
+        Args:
+            proto: the model.
+            units: the operators, in the order of the graph.
+            ranges: of every value that gets a pair.
+        """
+        self._proto = proto
+        self._units = units
+        self._ranges = ranges
+        self._index = ValueIndex(proto)
+        self._types = value_types(proto)
+        self._splice = _Splice(proto)
+        read = _read(units)
+        self._yielders = {name: unit for unit in units for name in _yields(unit, read)}
+        self._parameters: dict[str, tuple[str, str]] = {}
+        self._programs: dict[str, Program] = {}
 
     def apply(self) -> None:
         """Change the model."""
-        self._index = ValueIndex(self.proto)
-        self._types = value_types(self.proto)
-        self._splice = _Splice(self.proto)
-        self._yielders = {name: unit for unit in self.units for name in _yields(unit, _read(self.units))}
         self._name_parameters()
-        for unit in self.units:  # while nodes still read and yield what they did
+        for unit in self._units:  # while nodes still read and yield what they did
             self._narrow_bias(unit)
-        for name in self.ranges:
+        for name in self._ranges:
             if name in self._yielders:
                 self._round_output(name, self._yielders[name])
             else:
                 self._round_input(name)
-        for unit in self.units:
+        for unit in self._units:
             for node in (unit.node, *(() if unit.output in self._yielders else unit.absorbed)):
                 self._disguise(node)
         self._splice.finish()
-        _carry(self.proto, self._programs)
+        carry(self._proto, self._programs)
 
     def _name_parameters(self) -> None:
         """Scales and zero points; a value that keeps its source's range shares them."""
-        for name, span in self.ranges.items():
+        for name, span in self._ranges.items():
             unit = self._yielders.get(name)
             source = None if unit is None else unit.source
             if source is not None:
@@ -328,7 +332,7 @@ class _Placement:
         rounded = self._splice.fresh(f"{name}_dequantized")
         pair = self._splice.pair(name, name, rounded, self._parameters[name])
         self._splice.after(None if producer is None else producer.node, pair)
-        for unit in self.units:
+        for unit in self._units:
             if name in unit.inputs:
                 for position, each in enumerate(unit.node.input[: data_inputs(unit.node)]):
                     unit.node.input[position] = rounded if each == name else each
@@ -340,14 +344,15 @@ class _Placement:
         if reader is None or weight_scale is None or unit.node.input[0] not in self._parameters:
             return
         bias = reader.input[position]
-        rank = next(len(tensor.dims) for tensor in self.proto.graph.initializer if tensor.name == bias)
-        target = Target(opset(self.proto), self.proto.ir_version >= FUNCTION_IR, unit.node.output[0], frozenset(self._splice.taken))
+        rank = next(len(tensor.dims) for tensor in self._proto.graph.initializer if tensor.name == bias)
+        target = Target(opset(self._proto), self._proto.ir_version >= FUNCTION_IR, unit.node.output[0], frozenset(self._splice.taken))
         emitter = Emitter(target)
         scale = emitter.node("Mul", [self._parameters[unit.node.input[0]][0], weight_scale], emitter.name("bias_scale"))
         codes = emitter.call(_QUANTIZE_BIAS, [bias, scale], emitter.name("bias_quantized"), {})
         axis = {"axis": max(0, rank - 1)}
         reader.input[position] = emitter.node("DequantizeLinear", [codes, scale], emitter.name("bias"), attributes=axis)
         self._splice.before(unit.node, emitter.nodes)
+        self._splice.taken.update(name for node in emitter.nodes for name in node.output)
         self._programs |= emitter.programs
 
     def _bias(self, unit: _Unit) -> tuple[NodeProto | None, int]:

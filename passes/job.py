@@ -116,6 +116,7 @@ class Job:
         value_shapes: of the activations around sites and carriers, at the latency batch.
         settings: the settings.
         calibration: how models are run while statistics are gathered.
+        equalized: whether channels of `model` are rescaled for integers.
     """
 
     original: Model
@@ -132,6 +133,7 @@ class Job:
     settings: Settings
     calibration: Runtime
     clock: Clock
+    equalized: bool = False
 
     @property
     def external(self) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+
+import intaglio
 
 from .errors import InputError
 from .session import CPU, open_session
@@ -44,10 +47,12 @@ def measure_loading(path: Path, *, threads: int = 1, providers: Sequence[str] = 
     Raises:
         InputError: it does not load.
     """
-    command = [sys.executable, "-m", __name__, str(path), str(threads), *providers]
+    command = [sys.executable, "-m", "intaglio.passes.loading", str(path), str(threads), *providers]
+    paths = [str(Path(intaglio.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]  # a checkout need not be installed
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     runs = []
     for _ in range(_REPEATS):
-        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
+        answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=_TIMEOUT_S, env=environment)
         if answer.returncode != 0:
             last = (answer.stderr.strip().splitlines() or ["no message"])[-1]
             raise InputError(f"model {path}: a fresh process cannot load it ({last}); check memory and the file")

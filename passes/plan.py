@@ -11,7 +11,7 @@ from typing import Any
 
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
-from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 from intaglio.ops.storage import STORAGES
 from intaglio.solver import Budget, Cost, Option, Problem, Solution, solve
 
@@ -36,6 +36,7 @@ class Candidate:
         error: relative error of the layer's output.
         needs: shared resources that are paid once, however many candidates need them, and not at all if one provides them.
         provides: shared resources that nobody pays when it is chosen.
+        requires: shared resources that the candidate chosen for another site has to provide.
     """
 
     form: Form
@@ -45,6 +46,7 @@ class Candidate:
     error: float
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -55,8 +57,10 @@ class Menu:
         model_sha256: identity of the model the menu was made for.
         candidates: by site name, "unchanged" first; operators without weights that may run in integers come after the sites.
         base: size, latency and divergence of the model with every site unchanged.
-        shared: cost of each shared resource: decode programs, and what lies between operators in floats and in integers.
+        shared: cost of each shared resource: decode programs, and what lies between operators in floats and in integers; numbers of
+            channels, which layers around them have to agree on, cost nothing.
         unit: of divergence: "kl_nats" or "relative_mse".
+        equalized: whether channels of the model were rescaled for integers before anything was priced.
     """
 
     model_sha256: str
@@ -64,6 +68,7 @@ class Menu:
     base: Cost
     shared: Mapping[str, Cost]
     unit: str
+    equalized: bool = False
 
 
 @dataclass(frozen=True)
@@ -169,12 +174,10 @@ def _problem(menu: Menu, correction: Correction) -> Problem:
     """
     seconds, divergence = correction.latency, correction.divergence
     groups = tuple(
-        tuple(Option(c.size_bytes, seconds * c.latency_s, divergence * c.divergence, c.needs, c.provides) for c in candidates)
+        tuple(Option(c.size_bytes, seconds * c.latency_s, divergence * c.divergence, c.needs, c.provides, c.requires) for c in candidates)
         for candidates in menu.candidates.values()
     )
-    shared = {
-        name: Cost(cost.size_bytes, seconds * cost.latency_s, divergence * cost.divergence) for name, cost in menu.shared.items()
-    }
+    shared = {name: Cost(cost.size_bytes, seconds * cost.latency_s, divergence * cost.divergence) for name, cost in menu.shared.items()}
     return Problem(groups, menu.base, shared)
 
 
@@ -217,6 +220,7 @@ def to_json(plan: Plan) -> str:
             "intaglio_plan": VERSION,
             "model_sha256": plan.menu.model_sha256,
             "unit": plan.menu.unit,
+            "equalized": plan.menu.equalized,
             "budget": {
                 "size_bytes": plan.budget.size_bytes,
                 "latency_s": plan.budget.latency_s,
@@ -244,7 +248,7 @@ def to_json(plan: Plan) -> str:
             "sites": {name: _form_json(form) for name, form in plan.forms.items()},
             "candidates": {
                 name: [
-                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, list(c.needs), list(c.provides)]
+                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, *map(list, _shared_names(c))]
                     for c in candidates
                 ]
                 for name, candidates in plan.menu.candidates.items()
@@ -252,6 +256,10 @@ def to_json(plan: Plan) -> str:
         },
         indent=1,
     )
+
+
+def _shared_names(candidate: Candidate) -> tuple[tuple[str, ...], ...]:
+    return candidate.needs, candidate.provides, candidate.requires
 
 
 def _form_json(form: Form) -> dict[str, object]:
@@ -270,12 +278,14 @@ def _cost_json(cost: Cost) -> dict[str, float]:
 
 def _form(decomposition: object, ranks: object, storage: object, execution: object, arithmetic: object, where: str) -> Form:
     if not all(isinstance(word, str) for word in (decomposition, storage, execution, arithmetic)) or not isinstance(ranks, list):
-        raise InputError(f"{where}: expected decomposition, ranks, storage, execution and arithmetic; see a plan that `intaglio plan` wrote")
+        raise InputError(
+            f"{where}: expected decomposition, ranks, storage, execution and arithmetic; see a plan that `intaglio plan` wrote"
+        )
     decomposition, storage, execution, arithmetic = map(str, (decomposition, storage, execution, arithmetic))
     if not all(type(r) is int and r > 0 for r in ranks):
         raise InputError(f"{where}: ranks {ranks} are not positive whole numbers; write for example [64]")
     form = Form(decomposition, tuple(ranks), storage, execution, arithmetic)
-    known = {("unchanged", "dense"), ("dense", "dense"), *DECOMPOSITIONS}
+    known = {("unchanged", "dense"), ("dense", "dense"), (PRUNED, "contract"), *DECOMPOSITIONS}
     if (decomposition, execution) not in known:
         raise InputError(
             f"{where}: unknown form {decomposition}/{execution}; expected one of {', '.join('/'.join(k) for k in sorted(known))}"
@@ -314,6 +324,7 @@ def read_plan(path: Path) -> Plan:
                     float(row[8]),
                     tuple(row[9]),
                     tuple(row[10]),
+                    tuple(row[11]),
                 )
                 for row in rows
             )
@@ -326,6 +337,7 @@ def read_plan(path: Path) -> Plan:
             Cost(int(base["size_bytes"]), float(base["latency_s"]), float(base["divergence"])),
             {name: Cost(int(cost[0]), float(cost[1]), float(cost[2])) for name, cost in document["shared"].items()},
             document["unit"],
+            bool(document["equalized"]),
         )
         if menu.unit not in UNITS:
             raise ValueError("unit")

@@ -6,22 +6,21 @@ arrays, so the serialized size of a whole plan is known to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper
 
 from intaglio.ops.emit import DOMAIN, Array, Spec, spec_of
-from intaglio.ops.families import FAMILIES, Use
-from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 
 from .assemble import assemble, unit_ranges
 from .graph import all_names, field_size
 from .model import Model
+from .prune import Channels
 from .regions import find_carriers
 from .rewrite import FUNCTION_IR, Fragment, fragment, ghost_tensor, ghosts, rewrite
 from .save import serialized_size
@@ -40,6 +39,12 @@ class GhostStore(WeightStore):
 
     def check(self, tensor: TensorProto) -> None:
         """Nothing to check: nothing is read."""
+
+    def read(self, tensor: TensorProto) -> NDArray[Any]:
+        """The values, or zeros where a skeleton has none: good enough for what is cut by position."""
+        if tensor.data_location != TensorProto.EXTERNAL:
+            return super().read(tensor)
+        return np.broadcast_to(np.zeros((), helper.tensor_dtype_to_np_dtype(tensor.data_type)), tuple(tensor.dims))
 
     def payload(self, tensor: TensorProto) -> memoryview:
         """Never available."""
@@ -81,12 +86,13 @@ class SizePricer:
 
     def __init__(self, model: Model, *, external: bool, name: str = "model.onnx") -> None:
         """Make the skeleton of the model that plans start from; `external` and `name` say how it will be saved."""
-        self._model = skeleton(model)
+        self._source, self._model = model, skeleton(model)
         self._sites = {site.name: site for site in find_sites(self._model)}
         self._taken = frozenset(all_names(self._model.proto))
         self._domains = ("", "ai.onnx", *(entry.domain for entry in model.proto.opset_import))
         self._external, self._name = external, name
-        self._freed: dict[tuple[str, str], int] = {}
+        self._channels: Channels | None = None
+        self._freed: dict[tuple[str, bool], int] = {}
         self.base_bytes = self._size(self._model)
         self._carriers = {carrier.name: carrier for carrier in find_carriers(self._model)}
         self.shared: dict[str, int] = {DOMAIN_RESOURCE: 0}
@@ -108,7 +114,14 @@ class SizePricer:
         """Bytes of the file (and its data file) that `save` will write for a plan."""
         parts = {name: self._fragment(name, form) for name, form in plan.items() if form not in (UNCHANGED, CARRIED)}
         carried = [self._carriers[name] for name, form in plan.items() if form == CARRIED]
-        return self._size(assemble(self._model, parts, list(self._sites.values()), carried, unit_ranges))
+        cuts = self._groups().cuts(plan) if any(form.decomposition == PRUNED for form in plan.values()) else ()
+        return self._size(assemble(self._model, parts, list(self._sites.values()), carried, unit_ranges, cuts))
+
+    def _groups(self) -> Channels:
+        """The model's channel groups, found where a plan prunes some."""
+        if self._channels is None:
+            self._channels = Channels.find(self._source, find_sites(self._source).sites)
+        return self._channels
 
     def pair_bytes(self, value: str) -> int:
         """About what quantizing an activation value adds to the file: two nodes, a scale and a zero point."""
@@ -139,7 +152,7 @@ class SizePricer:
         return sum(field_size(node) for node in nodes) + arrays
 
     def _shared(self, part: Fragment) -> tuple[str, ...]:
-        shared = []
+        shared: list[str] = []
         for node in (*part.weights, *(node for nodes in part.replacements for node in nodes)):
             if node.domain not in (DOMAIN, *self._domains, *shared):
                 self.shared[node.domain] = field_size(helper.make_opsetid(node.domain, 1))

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS, Decomposition
 from intaglio.ops.emit import Emitter, Spec, Target
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.storage import STORAGES, is_scalar, readers
 
@@ -55,7 +55,7 @@ class Allowed:
     """What the user and the target admit.
 
     Attributes:
-        decompositions: names; "dense" stands for storing the whole weight in fewer bits.
+        decompositions: names; "dense" stands for storing the whole weight in fewer bits, "pruned" for storing fewer channels.
         storages: names.
         executions: "dense" and "contract".
         arithmetics: "float" and names of `ops.arithmetic`.
@@ -81,7 +81,9 @@ def expands(form: Form) -> bool:
     return form != UNCHANGED and not (packed and (form.storage == "float" or native or whole_bytes))
 
 
-def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: Allowed) -> tuple[tuple[Proposal, ...], tuple[str, ...]]:
+def propose(
+    site: Site, value: NDArray[np.generic], moment: Moment, allowed: Allowed, pruned: Sequence[tuple[tuple[int, int], float]] = ()
+) -> tuple[tuple[Proposal, ...], tuple[str, ...]]:
     """All forms of a site.
 
     Args:
@@ -89,6 +91,7 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
         value: its array.
         moment: second moment of its input.
         allowed: which forms may be proposed.
+        pruned: ranks of pruned forms, each with the relative error of the refitted weight.
 
     Returns:
         The proposals, "unchanged" first, and why whole kinds of forms were declined.
@@ -120,6 +123,11 @@ def propose(site: Site, value: NDArray[np.generic], moment: Moment, allowed: All
             for storage, each in rounding.items()
             for rank, error in prices.truncation
         ]
+    proposals += [
+        Proposal(Form(PRUNED, ranks, storage, "contract"), error, each * (1 - error))
+        for storage, each in rounding.items()
+        for ranks, error in pruned
+    ]
     again = {name: 0.0 if _has_integers(site, name) else rounding.get("int8", 0.0) for name in rounding}
     every = [variant for proposal in proposals for variant in _variants(site, proposal, allowed, again)]
     return (Proposal(UNCHANGED, 0.0, 0.0), *every), tuple(reasons)
@@ -141,7 +149,7 @@ def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str,
 
 
 def _has_integers(site: Site, storage: str) -> bool:
-    """Whether a storage holds the site's weight as integers with one scale per channel, so that integer kernels can read them as they are."""
+    """Whether a storage holds the site's weight as integers with one scale per channel: integer kernels can read them as they are."""
     ((spec, axis),) = array_specs(site, Form("dense"))
     scratch = Emitter(Target(site.opset, False, "scratch"))
     return STORAGES[storage].emit_integer(scratch, "", STORAGES[storage].layout(spec, axis), spec, axis) is not None
@@ -201,9 +209,7 @@ class _Prices:
     rounding: float
 
 
-def _prices(
-    site: Site, decomposition: Decomposition, weight: NDArray[np.float64], value: NDArray[np.generic], moment: Moment
-) -> _Prices:
+def _prices(site: Site, decomposition: Decomposition, weight: NDArray[np.float64], value: NDArray[np.generic], moment: Moment) -> _Prices:
     """Truncation at every rank of the grid, and rounding at the middle one."""
     ranks = decomposition.grid(site.use)
     if not ranks:

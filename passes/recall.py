@@ -21,7 +21,7 @@ from .propose import Allowed, Proposal
 from .sensitivity import Curve, Sensitivity
 from .session import RUNTIME_VERSION
 
-REVISION = 3
+REVISION = 4
 """Counts up whenever proposals or curves come out differently for the same model and data."""
 
 _NAMESPACE = "analysis"
@@ -44,7 +44,7 @@ class Findings:
         self._key = digest(
             [REVISION, __version__, RUNTIME_VERSION, machine()],
             [job.original.sha256, job.data.digest, [site.name for site in job.sites], [kind.value for kind in job.kinds]],
-            [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration)],
+            [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration), job.equalized],
         )
 
     def get(self, site: str) -> Finding | None:
@@ -74,16 +74,17 @@ def _plain(finding: Finding) -> Json:
         ],
         "rounding": [list(point) for point in finding.curves.rounding.points],
         "truncation": [list(point) for point in finding.curves.truncation.points],
+        "pruning": [list(point) for point in finding.curves.pruning.points],
     }
 
 
 def _finding(plain: Json) -> Finding:
     known = cast(dict[str, Any], plain)
-    rounding, truncation = (Curve(tuple((error, value) for error, value in known[name])) for name in ("rounding", "truncation"))
+    curves = (Curve(tuple((error, value) for error, value in known[name])) for name in ("rounding", "truncation", "pruning"))
     return Finding(
         tuple(
             Proposal(Form(decomposition, tuple(ranks), storage, execution, arithmetic), left_out, rounded)
             for decomposition, ranks, storage, execution, arithmetic, left_out, rounded in known["proposals"]
         ),
-        Sensitivity(rounding, truncation),
+        Sensitivity(*curves),
     )

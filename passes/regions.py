@@ -197,7 +197,7 @@ def value_types(proto: ModelProto) -> dict[str, TypeProto.Tensor]:
             graph.initializer.append(tensor)
         elif tensor.name not in declared:
             graph.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
-    known = shape_inference.infer_shapes(light, data_prop=True).graph
+    known = shape_inference.infer_shapes(light).graph
     values = (*known.value_info, *known.input, *known.output)
     return {value.name: value.type.tensor_type for value in values if value.type.HasField("tensor_type")}
 

@@ -21,6 +21,7 @@ from .model import Model
 from .options import Progress, silent
 from .pipeline import choose_within, plan_within
 from .plan import Correction, Plan
+from .prepare import equalized
 from .price import SizePricer
 
 ROUNDS = 4
@@ -34,6 +35,7 @@ def plan_job(job: Job, request: Request, *, progress: Progress = silent) -> Plan
         InputError: the budget is malformed.
         InfeasibleError: no choice meets it.
     """
+    job = equalized(job)
     menu = analyse(job, Cache(job.settings.cache), latency=True, progress=progress)
     budget = resolve(request, job.original.size_bytes, menu.base)
     return plan_within(job, menu, budget, Correction(), job.sizes())

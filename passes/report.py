@@ -18,7 +18,7 @@ from typing import cast
 import onnx
 
 from intaglio import __version__
-from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 
 from .cache import Cache
 from .calibrate import sampled_positions
@@ -31,6 +31,7 @@ from .model import Model
 from .pipeline import Outcome
 from .plan import Candidate, Plan
 from .price import SizePricer
+from .rewrite import channel_axes
 from .save import save
 from .sites import Site, Skip
 from .timing import LatencyPricer, changes_latency
@@ -399,7 +400,7 @@ def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> Si
         predicted_divergence=None if candidate is None else plan.correction.divergence * candidate.divergence,
         reference_latency_s=reference_s,
         latency_s=latency_s,
-        reason=_reason(form, candidate, len(plan.menu.candidates.get(site.name, ())), before, after),
+        reason=_kept_channels(site, form) + _reason(form, candidate, len(plan.menu.candidates.get(site.name, ())), before, after),
     )
 
 
@@ -408,6 +409,14 @@ def parameters(form: Form) -> Mapping[str, int | list[int]]:
     if not form.ranks:
         return {}
     return {"rank": form.ranks[0]} if len(form.ranks) == 1 else {"ranks": list(form.ranks)}
+
+
+def _kept_channels(site: Site, form: Form) -> str:
+    """What a pruned form keeps; nothing for others."""
+    if form.decomposition != PRUNED:
+        return ""
+    inputs, outputs = (site.shape[axis] for axis in channel_axes(site))
+    return f"keeps {form.ranks[0]} of {inputs} inputs and {form.ranks[1]} of {outputs} outputs; "
 
 
 def _reason(form: Form, candidate: Candidate | None, candidates: int, before: int, after: int) -> str:

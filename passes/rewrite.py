@@ -19,12 +19,13 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_h
 from intaglio.ops.arithmetic import ARITHMETICS, Arithmetic, Operand, merge_quantizers
 from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
-from intaglio.ops.families import FAMILIES
-from intaglio.ops.form import CARRIED, Form
+from intaglio.ops.families import FAMILIES, Use
+from intaglio.ops.form import CARRIED, PRUNED, Form
 from intaglio.ops.storage import STORAGES, readers
+from intaglio.ops.view import MatrixView
 
 from .canonicalize import remove_dead
-from .graph import reads, scopes
+from .graph import MAIN, reads, scopes
 from .model import Model
 from .sites import Site, SiteUse, opset
 from .weights import WeightStore
@@ -34,6 +35,11 @@ FUNCTION_IR = 8
 
 OPTIONAL_INPUT_IR = 4
 """Before this IR version every initializer is listed as an input too."""
+
+_LAYERS = ("Conv", "FusedConv", "ConvTranspose", "Gemm", "FusedGemm", "MatMul", "FusedMatMul")
+"""Operators that can lose channels."""
+
+_PRUNED_ARITHMETICS = ("float", "integer", "dynamic")
 
 Packed = tuple[tuple[Array, ...], ...]
 """One entry per array of a form (the weight itself, or its factors): the packed arrays of its storage."""
@@ -64,6 +70,7 @@ class Fragment:
 
 def array_specs(site: Site, form: Form) -> tuple[tuple[Spec, int], ...]:
     """Shape, dtype and scale axis of every array of a form, before storage."""
+    site, form = as_dense(site, form)
     if form.decomposition == "dense":
         axis = FAMILIES[site.use.key].channel_axis(site.use)
         return ((Spec(site.shape, site.dtype), _anchor_axis(site, axis)),)
@@ -86,9 +93,38 @@ def _anchor_axis(site: Site, axis: int) -> int:
     return strides.index(step) if step in strides else 0
 
 
+def channel_axes(site: Site) -> tuple[int, int]:
+    """The axes of a layer's stored weight along which its input and output channels lie."""
+    return (1, 0) if site.use.view.outputs_first else (0, 1)
+
+
+def as_dense(site: Site, form: Form) -> tuple[Site, Form]:
+    """What a pruned form means: the dense form of a smaller site. Any other form means itself.
+
+    The smaller site has a weight of the kept sizes and a node of its own, whose `group` is the number of channels that a depthwise
+    operator keeps; everything else is as before.
+    """
+    if form.decomposition != PRUNED:
+        return site, form
+    shape = list(site.shape)
+    for axis, size in zip(channel_axes(site), form.ranks, strict=True):
+        shape[axis] = size
+    node = NodeProto()
+    node.CopyFrom(site.use.node)
+    for attribute in node.attribute:
+        if attribute.name == "group" and attribute.i > 1:
+            attribute.i = shape[0]
+    view = FAMILIES[site.use.key].view(node, site.use.index, tuple(shape))
+    if not isinstance(view, MatrixView):
+        raise ValueError(f"{site.name} as {form}: {view}")
+    use = Use(node, site.use.index, view)
+    smaller = replace(site, shape=tuple(shape), uses=(replace(site.uses[0], use=use),))
+    return smaller, Form("dense", (), form.storage, "dense", form.arithmetic)
+
+
 def array_storages(form: Form, count: int) -> tuple[str, ...]:
     """The storage of each of a form's `count` arrays."""
-    if form.decomposition == "dense":
+    if form.decomposition in ("dense", PRUNED):
         return (form.storage,)
     return DECOMPOSITIONS[form.decomposition, form.execution].storages(form.storage, count)
 
@@ -110,6 +146,7 @@ def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: f
         proto: the model, for its opset and IR version.
         taken: names that exist in the model.
     """
+    site, form = as_dense(site, form)
     emitter = Emitter(Target(opset(proto), proto.ir_version >= FUNCTION_IR, site.anchor, taken))
     if form.arithmetic == "float":
         return _float_fragment(emitter, site, form, packed)
@@ -197,6 +234,8 @@ def _product(emitter: Emitter, arithmetic: Arithmetic, site: Site, form: Form, p
 
 def declines(site: Site, form: Form) -> str | None:
     """None when the rewriter can give the site this form, else the reason why not."""
+    if form.decomposition == PRUNED:
+        return _pruning_reason(site, form) or declines(*as_dense(site, form))
     if form.decomposition in ("unchanged", "dense"):
         if form.ranks:
             return "a whole weight has no ranks"
@@ -226,9 +265,25 @@ def declines(site: Site, form: Form) -> str | None:
             return reason
         if storage.min_opset(spec) > site.opset:
             return f"storage {name} needs opset {storage.min_opset(spec)}, the model has {site.opset}"
-        if readers(storage) is not None and form.arithmetic not in readers(storage):
-            return f"storage {name} is read by {', '.join(readers(storage))} only"
+        named = readers(storage)
+        if named is not None and form.arithmetic not in named:
+            return f"storage {name} is read by {', '.join(named)} only"
     return None if form.arithmetic == "float" else _arithmetic_reason(site, form, arrays)
+
+
+def _pruning_reason(site: Site, form: Form) -> str | None:
+    """None when the site can lose channels, else the reason why not; whether its neighbours lose them too is not seen from here."""
+    plain = len(site.uses) == 1 and site.widening is None and site.order is None and site.scope == site.uses[0].scope == MAIN
+    if not plain or site.op_type not in _LAYERS or site.use.index != 1 or site.dtype != np.float32:
+        return "only float32 weights of the main graph that one layer reads lose channels"
+    group = site.use.int("group", 1)
+    if group != 1 and (site.op_type == "ConvTranspose" or site.shape[:2] != (group, 1)):
+        return f"a grouped {site.op_type}"
+    most = [site.shape[axis] for axis in channel_axes(site)]
+    fits = len(form.ranks) == 2 and all(1 <= rank <= size for rank, size in zip(form.ranks, most, strict=True))
+    if not fits or list(form.ranks) == most:
+        return f"keeps {list(form.ranks)}, expected less than {most}"
+    return None if form.arithmetic in _PRUNED_ARITHMETICS else f"a pruned weight computes in {', '.join(_PRUNED_ARITHMETICS)} only"
 
 
 def _arithmetic_reason(site: Site, form: Form, arrays: Sequence[tuple[tuple[Spec, int], str]]) -> str | None:
@@ -292,7 +347,7 @@ def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Sit
                 body.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
     merge_quantizers(proto.graph)
     _import_domains(proto)
-    _carry(proto, programs)
+    carry(proto, programs)
     return Model(remove_dead(proto), model.weights, model.path, model.size_bytes, model.sha256)
 
 
@@ -362,7 +417,7 @@ def _import_domains(proto: ModelProto) -> None:
     proto.opset_import.extend(helper.make_opsetid(domain, 1) for domain in used if domain not in known)
 
 
-def _carry(proto: ModelProto, programs: Mapping[str, Program]) -> None:
+def carry(proto: ModelProto, programs: Mapping[str, Program]) -> None:
     """Add the decode programs as functions, and their domain."""
     present = {(function.domain, function.name) for function in proto.functions}
     for name in sorted(programs):

@@ -60,10 +60,11 @@ class Curve:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The two curves of a site."""
+    """The curves of a site, one for each kind of error; dropped channels harm more than a low rank of the same error does."""
 
     rounding: Curve
     truncation: Curve
+    pruning: Curve = Curve(())
 
 
 class Probe:

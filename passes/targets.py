@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
+from intaglio.ops.form import PRUNED
 from intaglio.ops.storage import STORAGES, readers
 
 from .errors import InputError
@@ -36,16 +37,18 @@ class Target:
     def allowed(
         self, decompositions: Sequence[str] = (), storages: Sequence[str] = (), arithmetics: Sequence[str] = (), *, expand: bool = True
     ) -> Allowed:
-        """The user's choice within the target's; without one, the decompositions and arithmetics that it has, and the storages that race.
+        """The user's choice within the target's; without one, the decompositions (but pruning, which pays with a latency
+        budget only) and arithmetics that it has, and the storages that race.
 
         Raises:
             InputError: a name is unknown, or the target lacks it.
         """
         names = ("dense", *dict.fromkeys(name for name, _ in DECOMPOSITIONS))
+        every = (*names, PRUNED)
         known = ("float", *self.arithmetics)
         for name in decompositions:
-            if name not in names:
-                raise InputError(f"--decompositions {name}: unknown; expected some of {', '.join(names)}")
+            if name not in every:
+                raise InputError(f"--decompositions {name}: unknown; expected some of {', '.join(every)}")
         for name in storages:
             if name not in self.storages:
                 raise InputError(f"--storages {name}: not available for target {self.name}; expected some of {', '.join(self.storages)}")

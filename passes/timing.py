@@ -19,7 +19,7 @@ from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.emit import Spec
 from intaglio.ops.families import FAMILIES, Use
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.storage import STORAGES, readers
 
 from .calibrate import Shapes
@@ -30,7 +30,7 @@ from .model import Model
 from .price import noise
 from .ranges import Range
 from .regions import Carrier
-from .rewrite import FUNCTION_IR, fragment, ghosts
+from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
 from .sites import Site, opset
 from .weights import WeightStore
 
@@ -55,6 +55,7 @@ class LatencyPricer:
             if t.name not in self._small
         }
         self._reference: dict[str, float] = {}
+        self._pairs: dict[tuple[object, ...], tuple[float, float]] = {}
         self._float_scale = 1.0
         self._integer_scale = 1.0
 
@@ -127,10 +128,19 @@ class LatencyPricer:
         return self.reference(site) * (scale * after_s / before_s - 1)
 
     def pair(self, site: Site, form: Form) -> tuple[float, float]:
-        """Seconds of a measurable site's operator and of what a form makes of it, measured in alternation."""
-        return self._bench.pair(
-            self._micro(site, None), self._micro(site, as_run(form)), {"x": self._shapes[site.name].input}, index_limit=site.use.view.n
-        )
+        """Seconds of a measurable site's operator and of what a form makes of it, measured in alternation.
+
+        Sites whose operators have the same attributes and shapes share a measurement.
+        """
+        run, use, shapes = as_run(form), site.use, self._shapes[site.name]
+        attributes = tuple(sorted(attribute.SerializeToString(deterministic=True) for attribute in use.node.attribute))
+        present = tuple(bool(name) for name in use.node.input)
+        key = (run, use.key, use.index, use.view, attributes, present, site.uses[0].dtype, shapes)
+        if key not in self._pairs:
+            models = self._micro(site, None), self._micro(site, run)
+            inputs = {"x": shapes.input, _FEWER: _fewer_channels(site, run, shapes.input)}
+            self._pairs[key] = self._bench.pair(*models, inputs, index_limit=use.view.n)
+        return self._pairs[key]
 
     def carry(self, carrier: Carrier) -> float:
         """Seconds that an operator without a weight adds when it runs in integers."""
@@ -154,7 +164,7 @@ class LatencyPricer:
         return self._assemble([carrier.node], sources, constants, carrier.node.output[0])
 
     def _micro(self, site: Site, form: Form | None) -> ModelProto:
-        """The site's operator, or what a form makes of it, as a model with one input x."""
+        """The site's operator, or what a form makes of it, as a model with one input: x, or `_FEWER` where it lost channels."""
         use, rng = site.use, np.random.default_rng(0)
         node = NodeProto()
         node.CopyFrom(use.node)
@@ -180,14 +190,17 @@ class LatencyPricer:
             arrays = {weight: Spec(use.view.shape, site.uses[0].dtype)}
         else:
             alone = _single(site, twin)
+            node = as_dense(alone, form)[0].use.node
+            constants = {name: _cut_bias(site, form, array) for name, array in constants.items()}
             part = fragment(alone, form, ghosts(alone, form), self._inlining(), frozenset())
             nodes = [*part.weights, *(n for nodes in part.replacements or [(node,)] for n in nodes)]
             arrays = {name: array for name, array in part.initializers.items() if isinstance(array, Spec)}
             constants |= {name: array for name, array in part.initializers.items() if not isinstance(array, Spec)}
         constants |= {name: noise(spec, rng) for name, spec in (others | arrays).items()}
         dtype = np.dtype(np.int64) if site.op_type == "Gather" else site.uses[0].dtype
-        nodes = [_renamed(each, value, "x") for each in nodes]
-        micro = self._assemble(nodes, {"x": dtype}, constants, output)
+        source = _FEWER if form is not None and form.decomposition == PRUNED else "x"
+        nodes = [_renamed(each, value, source) for each in nodes]
+        micro = self._assemble(nodes, {source: dtype}, constants, output)
         return micro if form is None or not _coupled(form) else _between_quantizers(_in_integers(micro, part.coupled))
 
     def _inlining(self) -> ModelProto:
@@ -227,6 +240,27 @@ class LatencyPricer:
         return model
 
 
+_FEWER = "x-pruned"
+"""Input of a micro-model whose operator reads fewer channels."""
+
+
+def _fewer_channels(site: Site, form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of a site's activation in a form."""
+    if form.decomposition != PRUNED:
+        return shape
+    inputs, outputs = form.ranks
+    axis = 1 if len(site.shape) > 2 else len(shape) - 1
+    kept = outputs if site.use.view.groups > 1 else inputs
+    return (*shape[:axis], kept, *shape[axis + 1 :])
+
+
+def _cut_bias(site: Site, form: Form, array: NDArray[Any]) -> NDArray[Any]:
+    """A layer's bias where its outputs are pruned: the first entries along its last axis, unless one entry serves all of them."""
+    outputs = site.shape[channel_axes(site)[1]]
+    cut = form.decomposition == PRUNED and array.ndim > 0 and array.shape[-1] == outputs
+    return array[..., : form.ranks[1]] if cut else array
+
+
 def _single(site: Site, use: Use) -> Site:
     """The site with one other use."""
     return replace(site, uses=(replace(site.uses[0], use=use),))
@@ -249,7 +283,7 @@ def as_run(form: Form) -> Form:
     if not changes_latency(form):
         return UNCHANGED
     storage = "float" if form.arithmetic == "float" else "int8"
-    if readers(STORAGES[form.storage]) is not None:
+    if readers(STORAGES[form.storage]) is not None or form.arithmetic == "rows":  # whatever decodes rows, decodes them in every run
         storage = form.storage
     if form.execution == "dense":
         return Form("dense", (), storage, "dense", form.arithmetic)

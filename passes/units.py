@@ -28,7 +28,7 @@ def units_around(model: Model, sites: Iterable[Site], carriers: Iterable[Carrier
         if set(inputs).isdisjoint(outputs):
             units[site.name] = Unit(inputs, outputs, site.op_type in _FLOAT_OUTPUT)
     for carrier in carriers:
-        units[carrier.name] = Unit(carrier.inputs, (carrier.output,))
+        units[carrier.name] = Unit(carrier.inputs, (carrier.output,), carrier.node.op_type in _FLOAT_OUTPUT)
     return units
 
 

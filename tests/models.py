@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import onnx
 import onnxruntime as ort
 from onnx import helper, numpy_helper
 
+from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
+from intaglio.passes.assemble import assemble, unit_ranges
 from intaglio.passes.calibrate import calibrate, observe
 from intaglio.passes.data import Dataset, input_specs, open_dataset
 from intaglio.passes.fit import pack
@@ -20,6 +25,7 @@ from intaglio.passes.graph import all_names
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
 from intaglio.passes.options import Runtime
+from intaglio.passes.regions import find_carriers
 from intaglio.passes.rewrite import declines, fragment, ghosts, rewrite
 from intaglio.passes.sites import Site, Sites, find_sites
 
@@ -54,6 +60,23 @@ def run(proto: onnx.ModelProto, feed: Feed, *, optimize: bool = True) -> list[Ar
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimize else level.ORT_DISABLE_ALL
     session = ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return list(session.run(None, dict(feed)))
+
+
+def optimized(proto: onnx.ModelProto) -> onnx.ModelProto:
+    """The model as ONNX Runtime runs it, with all its optimizations: what is left of its graph, constants folded."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "optimized.onnx"
+        options.optimized_model_filepath = str(path)
+        ort.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        return onnx.load(path)
+
+
+def operators(proto: onnx.ModelProto) -> Counter[str]:
+    """How many nodes of each type the main graph has."""
+    return Counter(node.op_type for node in proto.graph.node)
 
 
 @dataclass(frozen=True)
@@ -194,7 +217,7 @@ def compress(model: Model, forms: Mapping[str, Form], known: Mapping[str, Moment
 
 
 def mocked(model: Model, forms: Mapping[str, Form]) -> Model:
-    """The rewritten model with zeros in place of fitted arrays: what depends on shapes alone, at once."""
+    """The assembled model with zeros in place of fitted arrays: what depends on shapes alone, at once."""
     sites = find_sites(model)
     taken = frozenset(all_names(model.proto))
     fragments = {}
@@ -203,7 +226,8 @@ def mocked(model: Model, forms: Mapping[str, Form]) -> Model:
         if form != UNCHANGED:
             arrays = tuple(tuple(np.zeros(spec.shape, spec.dtype) for spec in packed) for packed in ghosts(site, form))
             fragments[site.name] = fragment(site, form, arrays, model.proto, taken)
-    return rewrite(model, fragments, sites.sites)
+    carried = [carrier for carrier in find_carriers(model) if forms.get(carrier.name) == CARRIED]
+    return assemble(model, fragments, sites.sites, carried, unit_ranges)
 
 
 def with_weight(proto: onnx.ModelProto, name: str, array: Array) -> onnx.ModelProto:
@@ -237,6 +261,18 @@ def forms_of(site: Site) -> list[Form]:
         found.append(Form(name, decomposition.full(site.use), "float", execution))
         found += [Form(name, ranks, storage, execution) for ranks in decomposition.grid(site.use)[-1:] for storage in SOME_STORAGES]
     return [form for form in dict.fromkeys(found) if declines(site, form) is None]
+
+
+def narrow_forms(site: Site, storages: Sequence[str] = (*SOME_STORAGES, "int4-rows", "nbits4-b32")) -> list[Form]:
+    """Forms in which a site computes in something narrower than floats: the whole weight, and low rank both ways."""
+    whole = [Form("dense", (), storage, "dense", arithmetic) for storage in storages for arithmetic in ARITHMETICS]
+    low = [
+        Form("lowrank", (4,), storage, execution, arithmetic)
+        for storage in storages
+        for execution in ("dense", "contract")
+        for arithmetic in ARITHMETICS
+    ]
+    return [form for form in (*whole, *low) if declines(site, form) is None]
 
 
 def is_exact(site: Site, form: Form) -> bool:

@@ -345,6 +345,7 @@ def apply(
     plan: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan of this model, perhaps edited.", show_default=False)],
     output: OutModel,
     data: Data,
+    ranges: Ranges = "auto",
     providers: Providers = CPU,
     threads: Threads = 1,
     labels: Labels = None,
@@ -369,8 +370,8 @@ def apply(
     from .progress import shown
 
     settings = _settings(
-        providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind, samples=samples, seed=seed,
-        cache=cache, no_cache=no_cache, output=output,
+        ranges=ranges, providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind, samples=samples,
+        seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
     _check_outputs(output, report, [model, plan, Path(data)])
     chosen = read_plan(plan)

@@ -21,13 +21,16 @@ from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner
 
 from intaglio.ops.decompositions import DECOMPOSITIONS
+from intaglio.ops.families import FAMILIES
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.storage import STORAGES, readers
+from intaglio.passes.assemble import assemble
 from intaglio.passes.fit import Arrays, pack
 from intaglio.passes.graph import all_names
 from intaglio.passes.load import OLDEST_OPSET, newest_opset
 from intaglio.passes.model import Model
+from intaglio.passes.ranges import Range
 from intaglio.passes.rewrite import OPTIONAL_INPUT_IR, declines, fragment, rewrite
 from intaglio.passes.session import open_session, to_array
 from intaglio.passes.sites import Site, opset
@@ -38,6 +41,19 @@ Feed = Mapping[str, Array]
 OPERATORS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Gather", "LSTM", "GRU", "RNN")
 ROUNDING = 64
 """Two ways to compute one output may differ by so many units of its type's precision, at the scale of the largest entry."""
+
+ALWAYS = ("float", "fp16", "int8", "int4")
+"""Storages that every site is tried in."""
+
+OTHERS = tuple(name for name, storage in STORAGES.items() if name not in ALWAYS and readers(storage) is None)
+"""The others that any operator can read. They take turns, `PER_SITE` of them at each site, so that all of them are tried at some sites."""
+
+PER_SITE = 3
+
+MODERN_OPSET = 13
+
+WHOLE_BYTES = {"integer": "int8", "dynamic": "int8", "nbits": "nbits8-b32", "rows": "int8"}
+"""Arithmetic → the storage that it is tried in: codes of eight bits, which it reads as they are."""
 
 _SHAPE = re.compile(r"[(\[][-0-9, ]*[)\]]")
 
@@ -66,10 +82,16 @@ class Tally:
     sites: int = 0
     forms: Counter[str] = field(default_factory=Counter)
     skips: Counter[str] = field(default_factory=Counter)
+    turns: int = 0
+    storages: set[str] = field(default_factory=set)
+    arithmetics: set[str] = field(default_factory=set)
 
     def count(self, form: Form) -> None:
         """One more rewrite into this form."""
-        self.forms[f"{form.decomposition}, {form.storage}, {form.execution}"] += 1
+        arithmetic = "" if form.arithmetic == "float" else f", {form.arithmetic}"
+        self.forms[f"{form.decomposition}, {form.storage}, {form.execution}{arithmetic}"] += 1
+        self.storages.add(form.storage)
+        self.arithmetics.add(form.arithmetic)
 
     def skip(self, what: str, reason: str) -> None:
         """One more thing that was not rewritten; reasons that differ in shapes only count as one."""
@@ -113,6 +135,11 @@ def _stored_tests() -> Iterator[BackendTest]:
 def _in_range(proto: ModelProto) -> ModelProto:
     target = min(max(opset(proto), OLDEST_OPSET), newest_opset())
     return proto if target == opset(proto) else version_converter.convert_version(proto, target)
+
+
+def modern(test: BackendTest) -> BackendTest:
+    """The test at an opset at which every arithmetic is defined."""
+    return test if opset(test.proto) >= MODERN_OPSET else replace(test, proto=version_converter.convert_version(test.proto, MODERN_OPSET))
 
 
 def read_tensor(path: Path) -> Array:
@@ -192,13 +219,13 @@ def rewritten(model: Model, choices: Sequence[tuple[Site, Form, Arrays]]) -> Mod
     return rewrite(model, fragments, [site for site, _, _ in choices]).proto
 
 
-def check_site(test: BackendTest, model: Model, site: Site, tally: Tally) -> None:
-    """Rewrite one site into every form that takes it, and compare outputs with and without ONNX Runtime's optimizations.
+def check_site(test: BackendTest, model: Model, site: Site, tally: Tally, storages: Sequence[str] = ALWAYS) -> None:
+    """Rewrite one site into every form that takes it in some storages, and compare outputs with and without optimizations.
 
     At full rank in the model's own type the outputs are those that the test expects. In every form they are those of the model
     whose weight is the array that the form stands for.
     """
-    forms, reasons = full_rank_forms(site, tuple(STORAGES))
+    forms, reasons = full_rank_forms(site, storages)
     tally.sites += 1
     for reason in reasons:
         tally.skip("form", reason)
@@ -220,29 +247,94 @@ def check_site(test: BackendTest, model: Model, site: Site, tally: Tally) -> Non
         tally.count(form)
 
 
-def check_close(outputs: Sequence[Array], reference: Sequence[Array], units: int = ROUNDING) -> None:
-    """Equal up to `units` units of rounding at the scale of the largest entry of each output."""
+def turn(tally: Tally) -> tuple[str, ...]:
+    """The storages whose turn it is."""
+    first = PER_SITE * tally.turns
+    tally.turns += 1
+    return tuple(OTHERS[number % len(OTHERS)] for number in range(first, first + PER_SITE))
+
+
+def check_arithmetics(test: BackendTest, model: Model, site: Site, tally: Tally) -> None:
+    """Let the operator of one site compute in every arithmetic that takes it, and compare with the same weight in floats.
+
+    The weight is exact in either: it is int8 (or 8-bit blocks) from the start. What is looked up is exact, too. Where it is multiplied
+    with, activations are rounded: an output differs by at most a step of the input times the largest sum of a row of magnitudes of
+    weights, the bias counted as one more weight, and by a step of its own where it is bytes. A step, not half of one: zero points are
+    rounded too, which moves the ends of the range by half a step.
+    """
+    value, moment = site.value(model), random_moment(site)
+    for name, storage in WHOLE_BYTES.items():
+        form = Form("dense", (), storage, "dense", name)
+        reason = declines(site, form) or (None if site.op_type == "Gather" else _surroundings(model, site))
+        if reason:
+            tally.skip("arithmetic", reason)
+            continue
+        packed, decoded = pack(site, form, value, moment)
+        floats = with_weights(model.proto, {site.anchor: site.stored(decoded)})
+        reference = run(model, floats, test.feed, optimize=False)
+        ranges, limit = _allowed(test, site, name, decoded, reference)
+        part = fragment(site, form, packed, model.proto, frozenset(all_names(model.proto)))
+        proto = assemble(
+            model, {site.name: part}, [site], [], lambda _, __, values, known=ranges: {each: known[each] for each in values}
+        ).proto
+        onnx.checker.check_model(proto)
+        for optimize in (False, True):
+            try:
+                check_close(run(model, proto, test.feed, optimize=optimize), reference, beyond=limit)
+            except AssertionError as error:
+                raise AssertionError(f"{test.name}, {site.name}, {form}, optimize={optimize}: {error}") from error
+        tally.count(form)
+
+
+def _allowed(test: BackendTest, site: Site, arithmetic: str, decoded: Array, reference: Sequence[Array]) -> tuple[dict[str, Range], float]:
+    """Ranges of the activations around a site's operator, and how far its output may be off for their being rounded."""
+    if site.op_type == "Gather":
+        return {}, 0.0
+    (wanted,) = reference
+    activation, _ = FAMILIES[site.use.key].activation(site.use)
+    output = site.use.node.output[0]
+    ranges = {name: Range.spanning(float(a.min()), float(a.max())) for name, a in ((activation, test.feed[activation]), (output, wanted))}
+    magnitudes = float(np.abs(decoded).sum(2).max() + np.abs(decoded).max())
+    own = float(ranges[output].scale) if arithmetic == "integer" else 0.0
+    return ranges, float(ranges[activation].scale) * magnitudes + own
+
+
+def _surroundings(model: Model, site: Site) -> str | None:
+    """None where a site's operator is the whole model: its input is fed, its output is the only one; else what there is besides."""
+    activation, _ = FAMILIES[site.use.key].activation(site.use)
+    if len(site.uses) != 1 or [site.use.node.output[0]] != [value.name for value in model.proto.graph.output]:
+        return "more of the model follows"
+    return None if activation in {value.name for value in model.proto.graph.input} else "more of the model comes before"
+
+
+def check_close(outputs: Sequence[Array], reference: Sequence[Array], units: int = ROUNDING, beyond: float = 0.0) -> None:
+    """Equal up to `units` units of rounding at the scale of the largest entry of each output, and `beyond` that."""
     for output, wanted in zip(outputs, reference, strict=True):
         assert (output.shape, output.dtype) == (wanted.shape, wanted.dtype)
         if wanted.size and np.issubdtype(wanted.dtype, np.floating):
             difference = np.abs(output.astype(np.float64) - wanted.astype(np.float64)).max()
-            limit = units * np.finfo(wanted.dtype).eps * np.abs(wanted.astype(np.float64)).max()
+            limit = units * np.finfo(wanted.dtype).eps * np.abs(wanted.astype(np.float64)).max() + beyond
             assert difference <= limit, f"outputs differ by {difference:.3g}, allowed are {limit:.3g}"
         else:
             np.testing.assert_array_equal(output, wanted)
 
 
 __all__ = [
+    "ALWAYS",
     "OPERATORS",
+    "OTHERS",
     "BackendTest",
     "Tally",
     "backend_tests",
+    "check_arithmetics",
     "check_close",
     "check_site",
     "frozen",
     "full_rank_forms",
+    "modern",
     "read_tensor",
     "rewritten",
     "run",
+    "turn",
     "with_weights",
 ]

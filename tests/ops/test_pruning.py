@@ -87,6 +87,23 @@ def test_each_step_gives_up_the_cheapest_channel_for_all_consumers_together(seed
         assert total(layers, without(channels, *order[: step + 1])) == pytest.approx(min(losses), rel=CLOSE, abs=1e-9)
 
 
+@pytest.mark.parametrize("block", [1, 3])
+@pytest.mark.parametrize("compacted", [False, True])
+def test_the_price_of_every_channel_stays_exact_as_others_go(block: int, compacted: bool) -> None:
+    layer, alive = consumer(8, 7, block), np.ones(7, dtype=bool)
+    state = module._Elimination.begin(*layer)
+    for dropped in (4, 1, 6):
+        state.drop(dropped)
+        alive[dropped] = False
+    left = np.flatnonzero(alive)
+    before = error(layer, left)
+    expected = [error(layer, np.setdiff1d(left, [channel])) - before for channel in left]
+    if compacted:
+        state.compact(alive)
+        alive = np.ones(len(left), dtype=bool)
+    np.testing.assert_allclose(state.losses(alive), expected, rtol=CLOSE, atol=1e-9)
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_the_greedy_order_comes_near_the_best_subsets(seed: int) -> None:
     """Of all subsets of each size: at most half as much again as the best, and below every third."""

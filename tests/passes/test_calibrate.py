@@ -139,7 +139,7 @@ def count_nodes(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
             seen.append([node.op_type for node in proto.graph.node])
             super().__init__(proto, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(module, "Executor", Spy)
+    monkeypatch.setattr("intaglio.passes.execute.Executor", Spy)  # which `Executor.of` makes
     return seen
 
 

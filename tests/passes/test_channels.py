@@ -393,6 +393,13 @@ def test_a_refusal_reaches_every_part_of_a_group() -> None:
     assert groups["v"].reason == "Add meets 'u', whose channels are not known; no layer reads it"
 
 
+def test_an_axis_of_the_same_length_is_another_axis() -> None:
+    groups = network(
+        "a = Conv <pads = [1, 1, 1, 1]> (x, square) y = MatMul (a, m4)", extra={**OTHERS, "square": normal(70, 4, 3, 3, 3)}
+    ).groups
+    assert groups["a"].reason == "MatMul reads it along another axis; no layer reads it"
+
+
 def test_both_sides_of_a_tied_weight_stay() -> None:
     body = f"{FIRST} r = Relu (a) b = Conv <{PAD}> (r, c2) z = Conv <{PAD}> (b, c2) {LAST}"
     reasons = {name: group.reason for name, group in network(body).groups.items()}

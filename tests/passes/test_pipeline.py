@@ -11,18 +11,26 @@ import numpy as np
 import onnx
 import pytest
 
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes.analyse import analyse
 from intaglio.passes.budget import Request
 from intaglio.passes.build import build
 from intaglio.passes.cache import Cache
 from intaglio.passes.errors import InfeasibleError, InputError
 from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.latency import PairedLatency
+from intaglio.passes.loading import Loading
+from intaglio.passes.model import Model
 from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build
 from intaglio.passes.plan import Menu, read_plan, to_json
+from intaglio.passes.propose import expands
+from intaglio.passes.report import report
 from intaglio.passes.save import save
+from intaglio.passes.sites import Site
+from intaglio.passes.timing import LatencyPricer
 from intaglio.passes.verify import compare
-from tests.models import CASES, Array, classifier, normal, parse, run
+from tests.models import CASES, Array, classifier, normal, operators, optimized, parse, run
+from tests.passes.test_build import MODELS
 from tests.passes.test_sites import nested
 
 
@@ -41,7 +49,8 @@ def written(outcome: Outcome, folder: Path) -> Path:
 
 def unused_upgrades(outcome: Outcome, limit: float) -> list[tuple[str, str]]:
     """Changes of a single site that would have lowered the predicted divergence noticeably and still kept the size budget."""
-    left = limit - outcome.predicted_bytes - sum(outcome.plan.menu.shared.values())  # as if every program had to be added
+    programs_bytes = sum(cost.size_bytes for cost in outcome.plan.menu.shared.values())
+    left = limit - outcome.predicted_bytes - programs_bytes  # as if every program had to be added
     found = []
     for site, candidates in outcome.plan.menu.candidates.items():
         chosen = outcome.plan.candidate(site)
@@ -129,6 +138,10 @@ def test_the_same_input_gives_the_same_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
+FEW = ("float", "int8")
+"""Storages for tests of latency, which does not depend on them: pricing all of them takes long."""
+
+
 def low_rank_layers() -> tuple[onnx.ModelProto, dict[str, Array]]:
     """Two wide layers of rank 8 over 64 rows: contracting them saves most of the work and loses nothing."""
     weights = {name: normal(i, 512, 8) @ normal(i + 10, 8, 512) * 8 for i, name in enumerate("ab")}
@@ -138,7 +151,7 @@ def low_rank_layers() -> tuple[onnx.ModelProto, dict[str, Array]]:
 
 def test_latency_is_minimized_within_an_error_budget() -> None:
     proto, arrays = low_rank_layers()
-    outcome = compress_job(open_job(proto, arrays, Settings()), Request(error=0.01, minimize="latency"))
+    outcome = compress_job(open_job(proto, arrays, Settings(storages=FEW, arithmetics=("float",))), Request(error=0.01, minimize="latency"))
     assert {form.execution for form in outcome.plan.forms.values()} == {"contract"}
     assert outcome.latency is not None
     assert outcome.latency.ratio < 0.9
@@ -149,7 +162,7 @@ def test_latency_is_minimized_within_an_error_budget() -> None:
 def test_a_latency_budget_that_holds_already_changes_nothing() -> None:
     """A ratio that only just holds would measure the machine, so the budget here is generous."""
     proto, arrays = low_rank_layers()
-    outcome = compress_job(open_job(proto, arrays, Settings(decompositions=("lowrank",))), Request(latency="10s"))
+    outcome = compress_job(open_job(proto, arrays, Settings(decompositions=("lowrank",), storages=FEW)), Request(latency="10s"))
     assert set(outcome.plan.forms.values()) == {UNCHANGED}
     assert outcome.latency is not None
     assert outcome.meets
@@ -158,7 +171,7 @@ def test_a_latency_budget_that_holds_already_changes_nothing() -> None:
 def test_a_latency_budget_beyond_reach_is_infeasible() -> None:
     proto, arrays = low_rank_layers()
     with pytest.raises(InfeasibleError, match=r"nearest feasible: --latency [\d.]+ms"):
-        compress_job(open_job(proto, arrays, Settings()), Request(latency=1e-4))
+        compress_job(open_job(proto, arrays, Settings(storages=FEW)), Request(latency=1e-4))
 
 
 def sequences() -> Iterator[dict[str, Array]]:
@@ -282,3 +295,66 @@ def test_outputs_that_overflow_lead_to_another_choice(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr("intaglio.passes.pipeline.compare", overflowing_once)
     assert solve_and_build(job, menu, Request(error=0.05)).comparison.divergence <= 0.05
+
+
+@pytest.fixture
+def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine on which everything narrow takes a tenth of the time, as every clock says: choices then do not depend on the real one."""
+
+    def pair(_: LatencyPricer, site: Site, form: Form) -> tuple[float, float]:
+        return 1e-3, 1e-4 if form.arithmetic != "float" else 1e-3
+
+    def whole(_: Job, model: Model, *__: object, **___: object) -> PairedLatency:
+        narrow = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "GatherBlockQuantized"} & set(operators(model.proto))
+        looked_up = operators(model.proto)["Gather"] > 1
+        ratio = 0.45 if narrow or looked_up else 1.0
+        return PairedLatency(1e-2, ratio * 1e-2, ratio, ratio, ratio, 1)
+
+    monkeypatch.setattr(LatencyPricer, "pair", pair)
+    monkeypatch.setattr(LatencyPricer, "reference", lambda *_: 1e-3)
+    monkeypatch.setattr(LatencyPricer, "calibrate", lambda pricer, sites, whole: 1e-3 * len(sites))
+    monkeypatch.setattr(LatencyPricer, "calibrate_integers", lambda *_: None)
+    monkeypatch.setattr(LatencyPricer, "carry", lambda *_: -1e-5)
+    monkeypatch.setattr(LatencyPricer, "boundary", lambda *_: (1e-5, 1e-5))
+    monkeypatch.setattr("intaglio.passes.pipeline._latency", whole)
+    monkeypatch.setattr("intaglio.passes.pipeline.measure_loading", lambda *_, **__: Loading(1e-3, 1000))
+
+
+@pytest.mark.usefixtures("narrow_is_fast")
+@pytest.mark.parametrize(
+    ("name", "arithmetic", "latency", "kernels"),
+    [
+        ("convolutions", "integer", 0.5, {"QLinearConv": 1, "QGemm": 1}),
+        ("attention", "integer", 0.5, {"MatMulIntegerToFloat": 1}),
+        ("attention", "dynamic", 0.5, {"DynamicQuantizeLinear": 1}),
+        ("attention", "nbits", 0.5, {"MatMulNBits": 1}),
+        ("attention", "rows", 0.9, {"Gather": 2}),
+    ],
+)
+def test_size_and_latency_budgets_are_kept_by_computing_in_narrow_numbers(
+    name: str, arithmetic: str, latency: float, kernels: dict[str, int], tmp_path: Path
+) -> None:
+    proto, arrays = MODELS[name]()
+    chosen = Settings(arithmetics=(arithmetic,), decompositions=("dense",))
+    outcome = compress_job(open_job(proto, arrays, chosen), Request(size=0.6, latency=latency))
+    path = written(outcome, tmp_path)
+    assert outcome.meets
+    assert path.stat().st_size <= 0.6 * outcome.job.original.size_bytes
+    assert arithmetic in {form.arithmetic for form in outcome.plan.forms.values()}
+    assert {form.arithmetic for form in outcome.plan.forms.values()} <= {"float", arithmetic}
+    found = operators(optimized(onnx.load(path)))
+    assert all(found[kernel] >= least for kernel, least in kernels.items()), found
+    assert outcome.comparison.divergence < 0.1
+    told = report(outcome)
+    assert {site.arithmetic for site in told.sites} == {outcome.plan.forms[site.name].arithmetic for site in told.sites}
+    assert told.carriers == tuple(name for name, form in outcome.plan.forms.items() if form == CARRIED)
+    assert bool(told.carriers) <= (arithmetic == "integer")
+    assert told.loading is not None
+
+
+@pytest.mark.usefixtures("narrow_is_fast")
+def test_nothing_that_expands_is_chosen_where_that_is_not_wanted() -> None:
+    proto, arrays = MODELS["convolutions"]()
+    outcome = compress_job(open_job(proto, arrays, Settings(decompositions=("dense",), expand=False)), Request(size=0.6, latency=0.5))
+    assert any(form.arithmetic == "integer" for form in outcome.plan.forms.values())
+    assert not [form for form in outcome.plan.forms.values() if form != CARRIED and expands(form)]

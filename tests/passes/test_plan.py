@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes.errors import InfeasibleError, InputError
 from intaglio.passes.plan import VERSION, Candidate, Correction, Menu, Plan, choose, read_plan, to_json
 from intaglio.solver import Budget, Cost
@@ -31,7 +31,7 @@ def menu() -> Menu:
             Candidate(BOTH, -15 * size // 16, -0.001, 0.02, 0.05, ("DecodeInt4", "domain")),
         )
 
-    shared = {"DecodeInt8": 100, "DecodeInt4": 200, "domain": 10}
+    shared = {"DecodeInt8": Cost(100), "DecodeInt4": Cost(200), "domain": Cost(10)}
     return Menu("ab" * 32, {"first": candidates(4000), "second/w": candidates(8000)}, Cost(13_000, 0.01, 0.0), shared, "kl_nats")
 
 
@@ -75,11 +75,12 @@ def test_choices_keep_every_limit_or_say_what_can_be_kept(
 
 def cost_of(offer: Menu, *choice: int) -> Cost:
     chosen = [candidates[i] for candidates, i in zip(offer.candidates.values(), choice, strict=True)]
-    shared = {name for c in chosen for name in c.shared}
+    names = {name for c in chosen for name in c.needs} - {name for c in chosen for name in c.provides}
+    paid = [offer.shared[name] for name in names]
     return Cost(
-        offer.base.size_bytes + sum(c.size_bytes for c in chosen) + sum(offer.shared[name] for name in shared),
-        math.fsum([offer.base.latency_s, *(c.latency_s for c in chosen)]),
-        math.fsum(c.divergence for c in chosen),
+        sum(each.size_bytes for each in (offer.base, *chosen, *paid)),
+        math.fsum(each.latency_s for each in (offer.base, *chosen, *paid)),
+        math.fsum(each.divergence for each in (*chosen, *paid)),
     )
 
 
@@ -166,6 +167,49 @@ def test_offers_round_up_and_leave_the_spare_bytes_free() -> None:
         )
 
 
+def coupled() -> Menu:
+    """Two layers in a row, and an operator without a weight between them: only together is it worth while to run in integers."""
+    integer = Form("dense", (), "int8", "dense", "integer")
+
+    def floats(value: str, following: str) -> Candidate:
+        return Candidate(UNCHANGED, 0, 0.0, 0.0, 0.0, (f"dequantize:{value}",) if value != "x" else (), (f"dequantize:{following}",))
+
+    def integers(form: Form, value: str, following: str) -> Candidate:
+        needs = (f"round:{value}", f"quantize:{value}", f"round:{following}", *(("dequantize:y",) if following == "y" else ()))
+        return Candidate(form, -100, -0.002, 0.001, 0.0001, needs, (f"quantize:{following}",))
+
+    steps = (("first", integer, "x", "v"), ("relu", CARRIED, "v", "w"), ("second", integer, "w", "y"))
+    candidates = {name: (floats(before, after), integers(form, before, after)) for name, form, before, after in steps}
+    shared = {f"round:{value}": Cost(10, 0.0, 0.0001) for value in "xvwy"}
+    shared |= {f"{way}:{value}": Cost(0, 0.0015, 0.0) for way in ("quantize", "dequantize") for value in "xvwy"}
+    return Menu("ab" * 32, candidates, Cost(1000, 0.01, 0.0), shared, "kl_nats", True)
+
+
+def test_neighbours_go_into_integers_together() -> None:
+    plan = choose(coupled(), Budget(None, None, None, "latency"))
+    assert [form.arithmetic for form in plan.forms.values()] == ["integer"] * 3
+    assert plan.forms["relu"] == CARRIED
+    assert plan.latency_s == pytest.approx(0.01 - 3 * 0.002 + 2 * 0.0015)  # in at x, out at y, nothing between
+    assert plan.size_bytes == 1000 - 300 + 40
+    assert plan.divergence == pytest.approx(3 * 0.001 + 4 * 0.0001)
+
+
+def test_latency_and_divergence_corrections_scale_what_is_shared_too() -> None:
+    plan = choose(coupled(), Budget(None, None, None, "latency"), Correction(2.0, 0.5))
+    assert plan.latency_s == pytest.approx(0.01 + 0.5 * (-3 * 0.002 + 2 * 0.0015))
+    assert plan.divergence == pytest.approx(2 * (3 * 0.001 + 4 * 0.0001))
+    assert plan.solution is not None
+    assert plan.solution.objective == pytest.approx(plan.latency_s)
+
+
+def test_json_round_trip_of_integers_and_what_couples_them(tmp_path: Path) -> None:
+    plan = choose(coupled(), Budget(None, None, None, "latency"))
+    again = read_plan(saved(plan, tmp_path))
+    assert (again.menu, again.forms, again.solution is None) == (plan.menu, plan.forms, False)
+    assert to_json(again) == to_json(plan)
+    assert (again.latency_s, again.size_bytes, again.divergence) == (plan.latency_s, plan.size_bytes, plan.divergence)
+
+
 @pytest.mark.parametrize(
     "budget", [Budget(6000.0, None, None, "error"), Budget(None, 0.009, 0.05, "size"), Budget(9000.0, 0.0095, None, "latency")]
 )
@@ -179,7 +223,7 @@ def test_json_round_trip(budget: Budget, tmp_path: Path) -> None:
 
 def test_an_edited_form_is_taken_over_and_the_certificate_falls(tmp_path: Path) -> None:
     plan = choose(menu(), Budget(6000.0, None, None, "error"))
-    form = {"decomposition": "lowrank", "ranks": [24], "storage": "fp16", "execution": "dense"}
+    form = {"decomposition": "lowrank", "ranks": [24], "storage": "fp16", "execution": "dense", "arithmetic": "float"}
     again = read_plan(edited(plan, tmp_path, "sites", "first", value=form))
     assert again.forms["first"] == Form("lowrank", (24,), "fp16", "dense")
     assert again.forms["second/w"] == plan.forms["second/w"]
@@ -192,13 +236,16 @@ def test_an_edited_form_is_taken_over_and_the_certificate_falls(tmp_path: Path) 
     [
         (("intaglio_plan",), VERSION + 1, f"expected {VERSION}"),
         (("sites", "first", "decomposition"), "svd", "unknown form svd/"),
-        (("sites", "first", "storage"), "int3", "unknown storage 'int3'"),
+        (("sites", "first", "storage"), "int7", "unknown storage 'int7'"),
         (("sites", "first", "execution"), "fast", "unknown form"),
         (("sites", "first", "ranks"), [0], r"ranks \[0\] are not positive"),
         (("sites", "first", "ranks"), [1.5], r"ranks \[1.5\] are not positive"),
         (("sites", "first", "ranks"), [True], r"ranks \[True\] are not positive"),
         (("sites", "first", "ranks"), 8, "expected decomposition, ranks"),
         (("sites", "first", "storage"), None, "expected decomposition, ranks"),
+        (("sites", "first", "arithmetic"), "analog", "unknown arithmetic 'analog'; expected one of float, integer"),
+        (("sites", "first", "arithmetic"), 8, "expected decomposition, ranks"),
+        (("sites", "first"), {"decomposition": "dense", "ranks": [], "storage": "int8", "execution": "dense"}, "'arithmetic' is missing"),
         (("sites", "first"), "lowrank", "missing or malformed"),
         (("sites",), [], "missing or malformed"),
         (("sites",), None, "missing or malformed"),
@@ -211,10 +258,16 @@ def test_an_edited_form_is_taken_over_and_the_certificate_falls(tmp_path: Path) 
         (("correction",), None, "missing or malformed"),
         (("candidates", "first"), 3, "missing or malformed"),
         (("candidates", "first"), [[1, 2]], "missing or malformed"),
-        (("candidates", "first", 1, 4), "tiny", "missing or malformed"),
-        (("candidates", "first", 1, 8), ["unheard of"], "missing or malformed"),
+        (("candidates", "first", 1, 4), "analog", "unknown arithmetic"),
+        (("candidates", "first", 1, 5), "tiny", "missing or malformed"),
+        (("candidates", "first", 1, 9), ["unheard of"], "missing or malformed"),
+        (("candidates", "first", 1, 10), ["unheard of"], "missing or malformed"),
+        (("candidates", "first", 1, 10), ["DecodeInt8"], "missing or malformed"),
+        (("candidates", "first", 1, 10), None, "missing or malformed"),
         (("candidates",), {}, "missing or malformed"),
-        (("shared", "DecodeInt8"), -1, "missing or malformed"),
+        (("shared", "DecodeInt8"), 100, "missing or malformed"),
+        (("shared", "DecodeInt8"), [-1, 0.0, 0.0], "missing or malformed"),
+        (("shared", "DecodeInt8"), [100], "missing or malformed"),
         (("shared",), [], "missing or malformed"),
         (("solver",), {"status": "optimal"}, "missing or malformed"),
         (("solver", "choice"), [99, 0], "missing or malformed"),

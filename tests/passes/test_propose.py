@@ -9,6 +9,9 @@ import pytest
 
 from intaglio.ops.form import UNCHANGED
 from intaglio.ops.moment import Moment, relative_error
+from intaglio.ops.storage import STORAGES
+from intaglio.ops.storage.codebook import Codebook
+from intaglio.ops.storage.vector import Vectors
 from intaglio.passes.fit import pack
 from intaglio.passes.load import load
 from intaglio.passes.propose import WORST_ERROR, Allowed, propose
@@ -50,7 +53,8 @@ def test_every_proposal_can_be_made_and_unchanged_comes_first(name: str) -> None
 def test_predicted_errors_are_what_fitting_gives(text: str, weight: np.ndarray) -> None:
     """Truncation from spectra alone: exact for low rank up to the ridge of the fit, an upper bound where the fit alternates.
 
-    Rounding of factors is known at one rank and taken for all: within a factor of three.
+    Rounding of factors is known at one rank and taken for all: within a factor of three. A codebook is an exception: the few groups of a
+    small factor lie closer to their codewords than those of the weight that the prediction comes from.
     """
     model, site = site_of(parse(text, {"w": weight}))
     n = site.use.view.n
@@ -65,6 +69,8 @@ def test_predicted_errors_are_what_fitting_gives(text: str, weight: np.ndarray) 
             assert measured == pytest.approx(predicted, rel=0.1, abs=1e-6), proposal
         elif proposal.form.storage == "float":
             assert measured <= 1.02 * predicted, proposal
+        elif isinstance(STORAGES[proposal.form.storage], (Codebook, Vectors)):
+            assert measured <= 3 * predicted + 1e-6, proposal
         else:
             assert predicted / 3 <= measured <= 3 * predicted + 1e-6, proposal
 
@@ -109,7 +115,7 @@ def test_kinds_of_forms_that_do_not_apply_are_named_with_their_reason() -> None:
     assert "tucker2/contract: not a convolution kernel" in reasons
     model, site = site_of(parse("g (float[N, 17] x) => (float[N, 33] y) { y = MatMul (x, w) }", {"w": normal(1, 17, 33)}))
     _, reasons = propose(site, site.value(model), Moment.isotropic(1, 17), Allowed())
-    assert any("no axis of even length" in reason for reason in reasons)
+    assert "int4-native: needs opset 21, the model has 18" in reasons
 
 
 def test_a_weight_of_zeros_is_offered_exact_forms() -> None:

@@ -78,9 +78,18 @@ def test_an_interrupted_analysis_goes_on_where_it_stopped(monkeypatch: pytest.Mo
     assert names == ["c"]
 
 
+def test_costs_of_activations_return_as_they_were() -> None:
+    job, kept = job_of(), Cache(None)
+    assert Findings(job, Allowed(), kept).activations() is None
+    Findings(job, Allowed(), kept).put_activations({"x": 0.5, "h": 0.0})
+    assert Findings(job, Allowed(), kept).activations() == {"x": 0.5, "h": 0.0}
+    assert Findings(job_of(Settings(seed=1)), Allowed(), kept).activations() is None
+    assert Findings(job, Allowed(arithmetics=("float",)), kept).activations() is None
+
+
 def test_findings_return_as_they_were_and_only_to_the_same_question() -> None:
     job, allowed, kept = job_of(), Allowed(), Cache(None)
-    proposals = (Proposal(UNCHANGED, 0.0, 0.0), Proposal(Form("lowrank", (8,), "fp16", "contract"), 0.1, 1e-9))
+    proposals = (Proposal(UNCHANGED, 0.0, 0.0), Proposal(Form("lowrank", (8,), "fp16", "contract", "dynamic"), 0.1, 1e-9))
     finding = Finding(proposals, Sensitivity(Curve(((0.01, 1e-15), (0.3, np.inf))), Curve(())))
     Findings(job, allowed, kept).put("a", finding)
     assert Findings(job, allowed, kept).get("a") == finding

@@ -66,6 +66,6 @@ def folder(tmp_path: Path, latencies: Path, monkeypatch: pytest.MonkeyPatch) -> 
     image = rng.standard_normal((48, 3, 8, 8)).astype(np.float32)
     np.savez(tmp_path / "data.npz", image=image, y=rng.integers(0, 10, 48))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("intaglio.passes.price.measure", partial(measure, rounds=3))  # quick: no test asks how long things take
+    monkeypatch.setattr("intaglio.passes.timing.measure", partial(measure, rounds=3))  # quick: no test asks how long things take
     monkeypatch.setenv("INTAGLIO_CACHE", str(latencies))
     return tmp_path

@@ -138,7 +138,15 @@ def unknown_form(plan: dict[str, object]) -> None:
 
 
 def unknown_storage(plan: dict[str, object]) -> None:
-    plan["sites"]["body"]["storage"] = "int3"  # type: ignore[index]
+    plan["sites"]["body"]["storage"] = "int7"  # type: ignore[index]
+
+
+def unknown_arithmetic(plan: dict[str, object]) -> None:
+    plan["sites"]["body"]["arithmetic"] = "analog"  # type: ignore[index]
+
+
+def impossible_arithmetic(plan: dict[str, object]) -> None:
+    plan["sites"]["body"] = {"decomposition": "dense", "ranks": [], "storage": "int8", "execution": "dense", "arithmetic": "rows"}  # type: ignore[index]
 
 
 def unknown_site(plan: dict[str, object]) -> None:
@@ -206,7 +214,28 @@ ROWS = [
     Bad("provider unknown", f"{COMPRESS} --providers Abacus", ("'Abacus'", "CPUExecutionProvider", "choose")),
     Bad("target unknown", f"{COMPRESS} --target toaster", ("--target toaster", "expected one of cpu")),
     Bad("decomposition unknown", f"{COMPRESS} --decompositions magic", ("--decompositions magic", "expected some of", "lowrank")),
-    Bad("storage unknown", f"{COMPRESS} --storages int3", ("--storages int3", "expected some of", "int8")),
+    Bad("storage unknown", f"{COMPRESS} --storages int8,int7", ("--storages int7", "expected some of", "int8")),
+    Bad(
+        "storage of another target", f"{COMPRESS} --target mobile --storages nbits4-b32", ("--storages nbits4-b32", "target mobile", "int8")
+    ),
+    Bad("arithmetic unknown", f"{COMPRESS} --arithmetics integer,analog", ("--arithmetics analog", "expected some of float, integer")),
+    Bad(
+        "arithmetic of another target", f"{COMPRESS} --target cuda --arithmetics integer", ("--arithmetics integer", "target cuda", "nbits")
+    ),
+    Bad("ranges unknown", f"{COMPRESS} --ranges widest", ("--ranges widest", "expected one of auto, minmax")),
+    Bad(
+        "ranges unknown to apply",
+        "apply model.onnx plan.json -o out.onnx --data data.npz --ranges widest",
+        ("--ranges widest", "expected one of auto, minmax"),
+        make_plan(),
+    ),
+    Bad("no-expand takes no value", f"{COMPRESS} --no-expand=yes", ("--no-expand", "does not take a value", "intaglio --help")),
+    Bad(
+        "no-expand leaves nothing",
+        f"{COMPRESS} --no-expand --decompositions dense --storages int4 --arithmetics float",
+        ("no plan meets size", "nearest feasible: --size"),
+        status=3,
+    ),
     Bad("include matches nothing", f"{COMPRESS} --include zzz", ("--include 'zzz'", "none of the 4", "stem")),
     Bad("include malformed", f"{COMPRESS} --include (", ("--include '('", "not a regular expression")),
     Bad("threads", f"{COMPRESS} --threads 0", ("--threads 0", "at least 1")),
@@ -259,8 +288,20 @@ ROWS = [
     Bad(
         "plan with an unknown storage",
         "apply model.onnx plan.json -o out.onnx --data data.npz",
-        ("plan.json", "site body", "int3", "int8"),
+        ("plan.json", "site body", "int7", "int8"),
         make_plan(unknown_storage),
+    ),
+    Bad(
+        "plan with an unknown arithmetic",
+        "apply model.onnx plan.json -o out.onnx --data data.npz",
+        ("plan.json", "site body", "analog", "integer"),
+        make_plan(unknown_arithmetic),
+    ),
+    Bad(
+        "plan with an impossible arithmetic",
+        "apply model.onnx plan.json -o out.onnx --data data.npz",
+        ("'body' cannot take dense/int8/dense/rows", "Conv looks no rows up", "choose another form"),
+        make_plan(impossible_arithmetic),
     ),
     Bad(
         "plan with an unknown site",

@@ -73,6 +73,9 @@ def test_compress_keeps_a_size_budget_and_reports(capfd: pytest.CaptureFixture[s
     assert printed["divergence"]["samples"] == printed["data"]["verify"] == 12
     assert printed["metric"]["name"] == "accuracy"
     assert [site["name"] for site in printed["sites"]] == ["stem", "body", "hidden", "head"]
+    assert {site["arithmetic"] for site in printed["sites"]} == {"float"}  # nothing asks for speed
+    assert printed["carriers"] == []
+    assert set(printed["loading"]) == {"reference_s", "candidate_s", "reference_peak_bytes", "candidate_peak_bytes"}
     assert json.loads(Path("reports/deep/plan.json").read_text(encoding="utf-8"))["model_sha256"] == printed["model"]["sha256"]
     assert np.abs(outputs("out.onnx") - outputs("model.onnx")).max() < 0.1 * np.abs(outputs("model.onnx")).max()
 
@@ -110,6 +113,41 @@ def test_only_the_named_forms_are_used(capfd: pytest.CaptureFixture[str]) -> Non
     assert {site["storage"] for site in found["sites"]} <= {"float", "fp16", "int8"}
 
 
+def test_arithmetics_are_offered_as_they_are_allowed(capfd: pytest.CaptureFixture[str]) -> None:
+    options = "--decompositions dense --storages int8,int4 --size 0.9"
+    offered = {}
+    for allowed in ("float", "integer", "dynamic", "integer,dynamic"):
+        found = document(f"plan model.onnx -o plan.json --data data.npz {options} --arithmetics {allowed}", capfd)
+        offered[allowed] = {row[4] for name in ("stem", "body", "hidden", "head") for row in found["candidates"][name]}
+    assert offered == {
+        "float": {"float"},
+        "integer": {"float", "integer"},
+        "dynamic": {"float", "dynamic"},
+        "integer,dynamic": {"float", "integer", "dynamic"},
+    }
+
+
+def test_without_expansion_only_bytes_that_are_computed_with_are_offered(capfd: pytest.CaptureFixture[str]) -> None:
+    found = document("plan model.onnx -o plan.json --data data.npz --decompositions dense --no-expand --size 0.99", capfd)
+    forms = {tuple(row[2:5:2]) for name in ("stem", "body", "hidden", "head") for row in found["candidates"][name]}
+    assert {arithmetic for _, arithmetic in forms} >= {"float", "integer"}
+    assert {storage for storage, arithmetic in forms if arithmetic in ("integer", "dynamic")} == {"int8"}
+    assert {storage for storage, arithmetic in forms if arithmetic == "float"} == {"float"}
+
+
+def test_the_range_method_is_obeyed() -> None:
+    plan_options = "--data data.npz --decompositions dense --arithmetics integer --size 0.9"
+    run(f"plan model.onnx -o plan.json {plan_options}")
+    integers = {"decomposition": "dense", "ranks": [], "storage": "int8", "execution": "dense", "arithmetic": "integer"}
+    edit_plan(stem=integers, body=integers)
+    models = []
+    for method in ("minmax", "percentile", "mse"):
+        run(f"apply model.onnx plan.json -o {method}.onnx --data data.npz --ranges {method}")
+        models.append(Path(f"{method}.onnx").read_bytes())
+    assert len(set(models)) == 3
+    assert len({len(model) for model in models}) == 1
+
+
 def test_plan_then_apply_writes_what_the_plan_says(capfd: pytest.CaptureFixture[str]) -> None:
     printed = document("plan model.onnx -o plan.json --data data.npz --size 0.4", capfd)
     assert json.loads(Path("plan.json").read_text(encoding="utf-8")) == printed
@@ -117,8 +155,12 @@ def test_plan_then_apply_writes_what_the_plan_says(capfd: pytest.CaptureFixture[
     report = document("apply model.onnx plan.json -o out.onnx --data data.npz", capfd)
     assert report["status"] == "met"
     assert report["solver"]["gap"] <= 1e-4
-    chosen = {name: form["decomposition"] for name, form in printed["sites"].items()}
-    assert {site["name"]: site["form"] for site in report["sites"]} == chosen
+    chosen = {name: (form["decomposition"], form["arithmetic"]) for name, form in printed["sites"].items()}
+    sites = {site["name"]: (site["form"], site["arithmetic"]) for site in report["sites"]}
+    carriers = {name: form for name, form in chosen.items() if name not in sites}
+    assert sites.items() <= chosen.items()
+    assert report["carriers"] == [name for name, form in carriers.items() if form == ("unchanged", "integer")]
+    assert set(carriers.values()) <= {("unchanged", "float"), ("unchanged", "integer")}
     assert Path("out.onnx").stat().st_size <= 0.4 * Path("model.onnx").stat().st_size
 
 
@@ -133,7 +175,7 @@ def test_a_plan_is_solved_again_without_data(capfd: pytest.CaptureFixture[str]) 
 
 def test_an_edited_plan_is_applied_as_it_is(capfd: pytest.CaptureFixture[str]) -> None:
     run("plan model.onnx -o plan.json --data data.npz --size 0.4")
-    edit_plan(hidden={"decomposition": "lowrank", "ranks": [7], "storage": "fp16", "execution": "contract"})
+    edit_plan(hidden={"decomposition": "lowrank", "ranks": [7], "storage": "fp16", "execution": "contract", "arithmetic": "float"})
     report = document("apply model.onnx plan.json -o out.onnx --data data.npz", capfd)
     hidden = next(site for site in report["sites"] if site["name"] == "hidden")
     assert (hidden["form"], hidden["parameters"], hidden["storage"]) == ("lowrank", {"rank": 7}, "fp16")
@@ -145,7 +187,7 @@ def test_an_edited_plan_is_applied_as_it_is(capfd: pytest.CaptureFixture[str]) -
 
 def test_an_edited_plan_over_its_budget_is_written_with_a_warning(capfd: pytest.CaptureFixture[str]) -> None:
     run("plan model.onnx -o plan.json --data data.npz --size 0.2")
-    edit_plan(hidden={"decomposition": "unchanged", "ranks": [], "storage": "float", "execution": "dense"})
+    edit_plan(hidden={"decomposition": "unchanged", "ranks": [], "storage": "float", "execution": "dense", "arithmetic": "float"})
     run("apply model.onnx plan.json -o out.onnx --data data.npz --report .")
     assert "does not keep its budget" in capfd.readouterr().err
     assert json.loads(Path("report.json").read_text(encoding="utf-8"))["status"] == "missed"
