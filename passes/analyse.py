@@ -163,15 +163,23 @@ def _sensitivity(
         for trial in trials:
             _, weight = pack(site, trial.form, value, moment)
             points.append((trial.truncation + trial.rounding, probe.replaced(site, site.stored(weight))))
-        return finite(points)
+        return points
+
+    def rounded(trials: Sequence[Proposal]) -> list[tuple[float, float]]:
+        """The trials; where outputs overflow in all of them, finer ones too, down to one that they do not overflow in."""
+        points = measured(trials)
+        finer = sorted((p for p in dense if p.rounding < min(t.rounding for t in trials)), key=lambda p: -p.rounding) if trials else []
+        while finer and not any(np.isfinite(divergence) for _, divergence in points):
+            points += measured([finer.pop(0)])
+        return points
 
     def finite(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
         return [point for point in points if np.isfinite(point[1])] or points
 
-    rounding = measured(_nearest(dense, TRIAL_ROUNDINGS[1:] if probe.segmented else TRIAL_ROUNDINGS))
+    rounding = rounded(_nearest(dense, TRIAL_ROUNDINGS[1:] if probe.segmented else TRIAL_ROUNDINGS))
     if probe.segmented and rounding:
         lowrank = []  # every trial reads the whole file: one has to do
-    truncation = measured(_nearest(lowrank, TRIAL_ERRORS))
+    truncation = finite(measured(_nearest(lowrank, TRIAL_ERRORS)))
     pruning = finite([(error, probe.replaced(site, weight)) for error, weight in pruned])
     curves = (rounding or truncation or pruning, truncation or rounding or pruning, pruning or truncation or rounding)
     return Sensitivity(*map(Curve.through, curves))

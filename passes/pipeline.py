@@ -154,18 +154,20 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         InfeasibleError: no plan keeps them.
     """
     best: Plan | None = None
+    fast, slow = 0.0, float("inf")  # corrections under which plans kept the latency budget, and did not
     fastest = float("inf")
+    tried_fastest = False
     for _ in range(RESOLVES + 2):
         with job.clock.phase("solve"):
             try:
                 plan = choose_within(menu, budget, correction)
             except InfeasibleError:
-                hopeful = None if best is not None else _hopeful(job, menu, budget, correction)
-                if hopeful is None and best is None:
-                    raise
-                if hopeful is None or hopeful.latency <= correction.latency:
+                if best is not None:
                     break
-                correction = hopeful
+                hopeful = None if tried_fastest else _hopeful(job, menu, budget, correction)
+                if hopeful is None or not correction.latency < hopeful.latency < slow:
+                    raise
+                correction, tried_fastest = hopeful, True
                 continue
             excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
         if excess > 0:
@@ -173,16 +175,21 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
             continue
         if budget.latency_s is None:
             return plan
-        with job.clock.phase("price"):
-            ratio = _latency(job, mock(job, plan.forms)).ratio
-        fastest = min(fastest, ratio)
         limit = budget.latency_s / menu.base.latency_s
+        with job.clock.phase("price"):
+            ratio = _latency(job, mock(job, plan.forms), limit * SLACK).ratio
+        fastest = min(fastest, ratio)
         predicted = plan.latency_s / menu.base.latency_s
-        if ratio <= limit * SLACK and (best is None or plan.divergence < best.divergence):
+        keeps, own = ratio <= limit * SLACK, plan.correction.latency
+        if keeps and (best is None or plan.divergence < best.divergence):
             best = plan
         if limit * LOOSE <= ratio <= limit * SLACK or predicted >= 1:
             break
-        correction = replace(correction, latency=max(0.05, plan.correction.latency * (1 - ratio) / (1 - predicted)))
+        fast, slow = (max(fast, own), slow) if keeps else (fast, min(slow, own))
+        wanted = max(0.05, own * (1 - ratio) / (1 - predicted))
+        if not fast < wanted < slow and fast > 0 and slow < float("inf"):
+            wanted = (fast * slow) ** 0.5
+        correction = replace(correction, latency=wanted)
     if best is None:
         nearest = f"nearest measured: --latency {fastest / SLACK:.2f}" if fastest < float("inf") else "relax --size by a percent"
         raise InfeasibleError(f"no plan keeps the budgets as measured in {RESOLVES + 2} rounds; {nearest}")
@@ -276,9 +283,7 @@ def verified(
             f"nearest: --error {comparison.divergence:.3g}"
         )
     if limit is not None and latency is not None and latency.ratio > limit:
-        broken.append(
-            f"latency ratio {latency.ratio:.3f} is over the budget of {limit:.3f}; nearest: --latency {latency.ratio * 1.03:.2f}"
-        )
+        broken.append(f"latency ratio {latency.ratio:.3f} is over the budget of {limit:.3f}; nearest: --latency {latency.ratio * 1.03:.2f}")
     if broken and enforce:
         raise VerificationError("verification failed on held-out data: " + "; ".join(broken) + "; nothing was written")
     return Outcome(job, plan, model, size, predicted, measured, comparison, latency, loading, not broken)

@@ -17,11 +17,11 @@ from .analyse import measured_sites
 from .equalize import equalize
 from .fit import pack
 from .graph import MAIN
-from .integer import MIN_OPSET, fake_quantized
+from .integer import fake_quantized
 from .job import Job
 from .model import Model
 from .ranges import calibrated
-from .regions import find_carriers
+from .regions import MIN_OPSET, find_carriers
 from .rewrite import Fragment, declines, rewrite
 from .sites import Sites, find_sites
 

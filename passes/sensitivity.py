@@ -22,7 +22,6 @@ from .options import Runtime
 from .rewrite import Fragment, rewrite
 from .sites import Site
 
-
 PROBE_SAMPLES = 48
 """Samples on which damage is measured."""
 
