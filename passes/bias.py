@@ -36,7 +36,13 @@ def find_bias(model: Model, site: Site, index: ValueIndex) -> TensorProto | None
     name = _bias_name(node, site, index)
     tensor = next((t for t in model.proto.graph.initializer if t.name == name), None)
     outputs = site.use.view.groups * site.use.view.m
-    if tensor is None or tensor.data_type != TensorProto.FLOAT or math.prod(tensor.dims) != outputs or tensor.dims[-1] != outputs:
+    if (
+        tensor is None
+        or tensor.data_type != TensorProto.FLOAT
+        or math.prod(tensor.dims) != outputs
+        or not tensor.dims
+        or tensor.dims[-1] != outputs
+    ):
         return None
     taken = any(value.name == name for value in (*model.proto.graph.input, *model.proto.graph.output))
     return None if taken or len(index.uses(tensor.name)) != 1 else tensor

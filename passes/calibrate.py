@@ -36,7 +36,7 @@ ROWS_PER_INPUT = 16
 MOMENT_LIMIT_BYTES = 1 << 30
 """Most bytes of float64 moments gathered in one run."""
 
-UNSEEN = 0.5
+UNSEEN = 0.9
 """Share of an embedding's look-ups that is spread over its rows by length alone, because calibration data never shows every token."""
 
 

@@ -16,6 +16,7 @@ Operators that touch a value without a range stay in floats. No weight is read.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -344,7 +345,10 @@ class _Placement:
         if reader is None or weight_scale is None or unit.node.input[0] not in self._parameters:
             return
         bias = reader.input[position]
-        rank = next(len(tensor.dims) for tensor in self._proto.graph.initializer if tensor.name == bias)
+        dims = next(tuple(tensor.dims) for tensor in self._proto.graph.initializer if tensor.name == bias)
+        if math.prod(dims) != self._outputs(unit.node, math.prod(dims)):
+            return  # a bias that is broadcast stays a float
+        rank = len(dims)
         target = Target(opset(self._proto), self._proto.ir_version >= FUNCTION_IR, unit.node.output[0], frozenset(self._splice.taken))
         emitter = Emitter(target)
         scale = emitter.node("Mul", [self._parameters[unit.node.input[0]][0], weight_scale], emitter.name("bias_scale"))
@@ -354,6 +358,14 @@ class _Placement:
         self._splice.before(unit.node, emitter.nodes)
         self._splice.taken.update(name for node in emitter.nodes for name in node.output)
         self._programs |= emitter.programs
+
+    def _outputs(self, node: NodeProto, unknown: int) -> int:
+        """How many outputs a layer has: entries of the channel axis of what it yields; `unknown` where shape inference does not tell."""
+        shape = self._types[node.output[0]].shape.dim if node.output[0] in self._types else ()
+        if len(shape) < 2:
+            return unknown
+        axis = 1 if node.op_type == "Conv" else -1
+        return int(shape[axis].dim_value) if shape[axis].HasField("dim_value") else unknown
 
     def _bias(self, unit: _Unit) -> tuple[NodeProto | None, int]:
         """The node that reads a unit's bias, and at which input; (None, 0) where there is none that can become int32."""

@@ -79,6 +79,7 @@ def _start_bytes() -> int:
 def _highest_bytes() -> int:
     with contextlib.suppress(OSError):
         return _resident_bytes("VmHWM")
+
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _UNIT_BYTES
 
 

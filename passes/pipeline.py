@@ -10,15 +10,17 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
+from subprocess import SubprocessError
 
+from intaglio.ops.storage import STORAGES, readers
 from intaglio.solver import Budget
 
 from .analyse import analyse
 from .budget import Request, resolve
 from .build import build, mock
 from .cache import Cache
-from .errors import InfeasibleError, VerificationError
-from .job import Job
+from .errors import InfeasibleError, InputError, VerificationError
+from .job import Job, Settings
 from .latency import PairedLatency, compare_models
 from .load import load
 from .loading import Loading, measure_loading
@@ -84,11 +86,17 @@ def compress_job(job: Job, request: Request, *, progress: Progress = silent) -> 
         InfeasibleError: no plan meets the budgets.
         VerificationError: the best plan found does not keep them on held-out data.
     """
-    wants_latency = request.latency is not None or request.minimize == "latency"
-    if wants_latency:
+    timed = request.latency is not None or request.minimize == "latency" or asks_for_arithmetic(job.settings)
+    if timed:
         job = equalized(job)
-    menu = analyse(job, Cache(job.settings.cache), latency=wants_latency, progress=progress)
+    menu = analyse(job, Cache(job.settings.cache), latency=timed, progress=progress)
     return solve_and_build(job, menu, request, progress=progress)
+
+
+def asks_for_arithmetic(settings: Settings) -> bool:
+    """Whether the user's choice of forms makes little sense in floats, so that every arithmetic takes part without a latency budget too."""
+    native = any(readers(STORAGES[name]) is not None for name in settings.storages)
+    return native or not settings.expand or any(name != "float" for name in settings.arithmetics)
 
 
 def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progress = silent) -> Outcome:
@@ -258,14 +266,17 @@ def _latency(job: Job, model: Model, limit: float | None = None) -> PairedLatenc
     return compare_models(sessions[0], sessions[1], job.data.first(1), pairs=4 * _PAIRS, seed=1)
 
 
-def _loading(job: Job, path: Path, folder: Path) -> tuple[Loading, Loading]:
-    """Of the original and of a file; an original in memory is written into a folder first."""
+def _loading(job: Job, path: Path, folder: Path) -> tuple[Loading, Loading] | None:
+    """Of the original and of a file; an original in memory is written into a folder first. None where no process can be started for it."""
     reference = job.original.path
     if reference is None:
         reference = folder / "original.onnx"
         save(job.original, reference, source=None)
     runtime = job.settings.runtime
-    first, second = (measure_loading(each, threads=runtime.threads, providers=runtime.providers) for each in (reference, path))
+    try:
+        first, second = (measure_loading(each, threads=runtime.threads, providers=runtime.providers) for each in (reference, path))
+    except (OSError, SubprocessError, InputError):
+        return None  # a fact for the report, not a promise
     return first, second
 
 

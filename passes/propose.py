@@ -76,7 +76,7 @@ class Allowed:
 def expands(form: Form) -> bool:
     """Whether a form's weight takes more memory once the model is loaded than in the file."""
     packed = form.decomposition == "dense" or form.execution == "contract"
-    native = readers(STORAGES[form.storage]) is not None or form.arithmetic == "rows"
+    native = readers(STORAGES[form.storage]) is not None or (form.arithmetic == "rows" and form.decomposition == "dense")
     whole_bytes = form.storage == "int8" and form.arithmetic in ("integer", "dynamic")
     return form != UNCHANGED and not (packed and (form.storage == "float" or native or whole_bytes))
 
@@ -176,10 +176,8 @@ def _rounding_errors(
     weights = importance(site, moment)
     weights = weights if weights.shape[axis] == 1 else np.take(weights, channels, axis)
     energy = moment.energy(weight)
-    if energy <= 0:
-        return dict.fromkeys(storages, 0.0)
     exact = np.asarray(part, np.float64)
-    whole = Moment(moment.diag, moment.rows).energy(weight) / energy  # of the diagonal, relative to that of A itself
+    whole = Moment(moment.diag, moment.rows).energy(weight) / energy if energy > 0 else 0.0  # of the diagonal, relative to that of A itself
     scale = whole / max(float((weights * exact**2).sum()), np.finfo(np.float64).tiny)
     gain = compensation_gain(site, weight, moment)
     errors = {}

@@ -325,6 +325,10 @@ def plan(
     check_output(output, ".json", [model, *([reuse] if reuse else [])])
     with shown(f"Planning {model.name}", enabled=not json) as progress:
         if reuse is not None:
+            if any((include, exclude, decompositions, storages, arithmetics, no_expand)) or target != "cpu":
+                raise InputError(
+                    "plan: --reuse solves a plan's own menu again; --target and what may change have no effect, leave them out"
+                )
             solved = replan(model, read_plan(reuse), request)
         elif data is not None:
             solved = plan_job(open_job(model, data, settings), request, progress=progress)

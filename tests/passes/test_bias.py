@@ -52,6 +52,10 @@ def test_a_bias_is_found_however_it_is_written(text: str, weights: Mapping[str, 
 
 
 NOT_A_BIAS = {
+    "a scalar": (
+        "g (float[N, 256] x) => (float[N, 1] y) { h = MatMul (x, w) y = Add (h, b) }",
+        {"w": normal(1, 256, 1), "b": np.array(0.5, np.float32)},
+    ),
     "no bias": ("g (float[N, 16] x) => (float[N, 24] y) { y = MatMul (x, w) }", MATMUL),
     "an omitted bias": ("g (float[N, 16] x) => (float[N, 24] y) { y = Gemm (x, w) }", MATMUL),
     "added to something else first": (

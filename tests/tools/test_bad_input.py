@@ -264,6 +264,9 @@ ROWS = [
     Bad("option missing", "compress model.onnx --data data.npz --size 0.5", ("Missing option", "intaglio compress --help")),
     Bad("verb unknown", "squash model.onnx", ("squash", "intaglio --help")),
     Bad("number malformed", f"{COMPRESS} --threads two", ("'--threads'", "integer", "intaglio compress --help")),
+    Bad(
+        "reuse with what may change", "plan model.onnx -o out.json --reuse plan.json --size 0.5 --no-expand", ("--reuse", "leave them out")
+    ),
     Bad("plan without data", "plan model.onnx -o out.json --size 0.5", ("--data nor --reuse", "give samples")),
     Bad("plan missing", "apply model.onnx plan.json -o out.onnx --data data.npz", ("plan.json", "intaglio plan")),
     Bad("plan not JSON", "apply model.onnx plan.json -o out.onnx --data data.npz", ("plan.json", "not JSON"), write_garbage_plan),

@@ -135,6 +135,11 @@ def test_without_expansion_only_bytes_that_are_computed_with_are_offered(capfd: 
     assert {storage for storage, arithmetic in forms if arithmetic == "float"} == {"float"}
 
 
+def test_without_expansion_a_size_budget_alone_is_met_with_arithmetic() -> None:
+    run("compress model.onnx -o small.onnx --data data.npz --decompositions dense --no-expand --size 0.9")
+    assert Path("small.onnx").stat().st_size <= 0.9 * Path("model.onnx").stat().st_size
+
+
 def test_the_range_method_is_obeyed() -> None:
     plan_options = "--data data.npz --decompositions dense --arithmetics integer --size 0.9"
     run(f"plan model.onnx -o plan.json {plan_options}")
