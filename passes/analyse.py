@@ -43,6 +43,9 @@ TRIAL_ERRORS = (0.02, 0.15)
 TRIAL_ROUNDINGS = (0.004, 0.05)
 """Relative rounding errors near which each site's curve is measured."""
 
+SLOWER = 0.02
+"""Share of an operator's time that a form may add where nobody asked for time: noise. The product of the same factors adds none."""
+
 _TIMING_S = 0.04
 """Seconds spent on timing one form against the original operator."""
 
@@ -288,8 +291,11 @@ def _offered(
         if form.arithmetic != "float" and (not latency or (ARITHMETICS[form.arithmetic].coupled and site.name not in activations.units)):
             continue
         beaten = any(other.size_bytes <= row.size_bytes and other.divergence <= row.divergence for other in dense)
-        if latency or not beaten:
-            kept.append(replace(row, latency_s=timer.change(site, form)))
+        if not latency and beaten:
+            continue
+        change_s = timer.change(site, form)
+        if latency or change_s <= SLOWER * timer.reference(site):
+            kept.append(replace(row, latency_s=change_s))
     return tuple(kept)
 
 
