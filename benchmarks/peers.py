@@ -75,10 +75,10 @@ DATA = {
 
 BUDGETS = {
     "cifar_resnet": (("--size", "0.11", "--latency", "0.3"),),
-    "squeezenet": (("--size", "0.165", "--latency", "0.44"),),
+    "squeezenet": (("--size", "0.165", "--latency", "0.55"),),
     "minilm": (
-        ("--size", "0.123", "--latency", "0.42"),
-        ("--size", "0.2", "--latency", "0.42"),
+        ("--size", "0.125", "--latency", "0.45"),
+        ("--size", "0.2", "--latency", "0.45"),
         ("--size", "0.155", "--latency", "0.8"),
     ),
     "cifar_vgg16": (("--size", "0.08", "--latency", "0.18"),),
