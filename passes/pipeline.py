@@ -187,7 +187,7 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
     fast, slow = 0.0, float("inf")  # corrections under which plans kept the latency budget, and did not
     fastest = float("inf")
     tried_fastest = False
-    for _ in range(RESOLVES + 2):
+    for _ in range(3 * RESOLVES):
         with job.clock.phase("solve"):
             try:
                 plan = choose_within(menu, budget, correction)
@@ -222,7 +222,7 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         correction = replace(correction, latency=wanted)
     if best is None:
         nearest = f"nearest measured: --latency {fastest / SLACK:.2f}" if fastest < float("inf") else "relax --size by a percent"
-        raise InfeasibleError(f"no plan keeps the budgets as measured in {RESOLVES + 2} rounds; {nearest}")
+        raise InfeasibleError(f"no plan keeps the budgets as measured in {3 * RESOLVES} rounds; {nearest}")
     return best
 
 
