@@ -254,7 +254,7 @@ def structure(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> st
     names: dict[str, int] = {}
     return digest(
         sorted([opset.domain, opset.version] for opset in model.opset_import),
-        [[_number(names, v.name), v.type.tensor_type.elem_type, list(shapes.get(v.name, ()))] for v in _inputs(model)],
+        [[_number(names, v.name), v.type.tensor_type.elem_type, _declared(v), list(shapes.get(v.name, ()))] for v in _inputs(model)],
         _graph_structure(model.graph, names),
         [
             [function.domain, function.name, _numbers(names, function.input), _numbers(names, function.output)]
@@ -262,6 +262,12 @@ def structure(model: onnx.ModelProto, shapes: Mapping[str, Sequence[int]]) -> st
             for function in model.functions
         ],
     )
+
+
+def _declared(value: onnx.ValueInfoProto) -> list[int] | None:
+    """The lengths that a model declares for an input, -1 where one is open: what is known when it is loaded decides how it is optimized."""
+    tensor = value.type.tensor_type
+    return [d.dim_value if d.HasField("dim_value") else -1 for d in tensor.shape.dim] if tensor.HasField("shape") else None
 
 
 @functools.cache

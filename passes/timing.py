@@ -146,34 +146,29 @@ class LatencyPricer:
         """Seconds that an operator without a weight adds when it runs in integers."""
         floats = self._carrier_micro(carrier)
         shapes = {name: self._values[name] for name in carrier.inputs}
-        if carrier.node.op_type in _FOLLOWS_LAYOUT:
+        if carrier.node.op_type in _CHANNELS_LAST:
             before_s = self._bench.seconds(floats, shapes)
-            alone_s, followed_s = self._bench.pair(*self._behind_a_layer(carrier), shapes, index_limit=256)
-            after_s = max(0.0, followed_s - alone_s)
+            after_s = self._bench.seconds(*self._channels_last(carrier))
         else:
             integers = _between_quantizers(_in_integers(floats, (carrier.node.output[0],)))
             before_s, after_s = self._bench.pair(floats, integers, shapes, index_limit=256)
         self._reference[carrier.name] = self._float_scale * before_s
         return self._float_scale * (self._integer_scale * after_s - before_s)
 
-    def _behind_a_layer(self, carrier: Carrier) -> tuple[ModelProto, ModelProto]:
-        """A depthwise 1×1 layer in integers, and the same with the operator behind it."""
-        (source,), output = carrier.inputs, carrier.node.output[0]
-        shape = self._values[source]
-        channels, ones = shape[1], (1,) * (len(shape) - 2)
-        constants: dict[str, NDArray[Any]] = {
-            "codes": np.ones((channels, 1, *ones), np.int8),
-            "scales": np.full(channels, 0.05, np.float32),
-            "zeros": np.zeros(channels, np.int8),
-        }
-        layer = [
-            helper.make_node("DequantizeLinear", ["codes", "scales", "zeros"], ["weight"], axis=0),
-            helper.make_node("Conv", [source, "weight"], ["hidden"], group=channels),
-        ]
-        sources = {source: np.dtype(np.float32)}
-        alone = self._assemble(layer, sources, constants, "hidden")
-        followed = self._assemble([*layer, _renamed(carrier.node, source, "hidden")], sources, constants, output)
-        return _between_quantizers(_in_integers(alone, ("hidden",))), _between_quantizers(_in_integers(followed, ("hidden", output)))
+    def _channels_last(self, carrier: Carrier) -> tuple[ModelProto, dict[str, tuple[int, ...]]]:
+        """A model of the kernel that replaces the operator between convolutions in integers, and the shape of its input."""
+        batch, channels, *lengths = self._values[carrier.inputs[0]]
+        shape = (batch, *lengths, channels)
+        node = helper.make_node(_CHANNELS_LAST[carrier.node.op_type], ["x"], ["y"], domain="com.microsoft")
+        node.attribute.extend(a for a in carrier.node.attribute if a.name != "storage_order")
+        graph = helper.make_graph(
+            [node],
+            "channels_last",
+            [helper.make_tensor_value_info("x", TensorProto.UINT8, shape)],
+            [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
+        )
+        imports = [helper.make_opsetid("", opset(self._proto)), helper.make_opsetid("com.microsoft", 1)]
+        return helper.make_model(graph, opset_imports=imports, ir_version=FUNCTION_IR), {"x": shape}
 
     def boundary(self, value: str) -> tuple[float, float]:
         """Seconds of quantizing an activation value, and of dequantizing it."""
@@ -184,7 +179,7 @@ class LatencyPricer:
     def _carrier_micro(self, carrier: Carrier) -> ModelProto:
         """The operator with the activations around it as inputs and output."""
         constants = {name: numpy_helper.to_array(self._small[name]) for name in carrier.node.input if name in self._small}
-        sources = {name: np.dtype(np.float32) for name in carrier.inputs}
+        sources = {name: Spec(self._values[name], np.dtype(np.float32)) for name in carrier.inputs}
         return self._assemble([carrier.node], sources, constants, carrier.node.output[0])
 
     def _micro(self, site: Site, form: Form | None) -> ModelProto:
@@ -224,7 +219,9 @@ class LatencyPricer:
         dtype = np.dtype(np.int64) if site.op_type == "Gather" else site.uses[0].dtype
         source = _FEWER if form is not None and form.decomposition == PRUNED else "x"
         nodes = [_renamed(each, value, source) for each in nodes]
-        micro = self._assemble(nodes, {source: dtype}, constants, output)
+        shape = self._shapes[site.name].input
+        sources = {source: Spec(shape if source == "x" or form is None else _fewer_channels(site, form, shape), dtype)}
+        micro = self._assemble(nodes, sources, constants, output)
         return micro if form is None or not _coupled(form) else _between_quantizers(_in_integers(micro, part.coupled))
 
     def _inlining(self) -> ModelProto:
@@ -232,11 +229,14 @@ class LatencyPricer:
         return ModelProto(ir_version=min(self._proto.ir_version, FUNCTION_IR - 1), opset_import=self._proto.opset_import)
 
     def _assemble(
-        self, nodes: Sequence[NodeProto], sources: Mapping[str, np.dtype[Any]], constants: Mapping[str, NDArray[Any]], output: str
+        self, nodes: Sequence[NodeProto], sources: Mapping[str, Spec], constants: Mapping[str, NDArray[Any]], output: str
     ) -> ModelProto:
-        """A model of these nodes with the values `sources` as inputs of these types and the value `output` as its output."""
+        """A model of these nodes with the values `sources` as inputs and the value `output` as its output.
+
+        Inputs have shapes: ONNX Runtime turns convolutions in integers channels-last only where it knows the rank.
+        """
         tensors: dict[str, gs.Tensor] = {name: gs.Constant(name, array) for name, array in constants.items()}
-        tensors |= {name: gs.Variable(name, dtype) for name, dtype in sources.items()}
+        tensors |= {name: gs.Variable(name, spec.dtype, spec.shape) for name, spec in sources.items()}
         tensors[""] = gs.Variable.empty()
 
         def named(names: Sequence[str]) -> list[gs.Tensor]:
@@ -290,8 +290,8 @@ def _single(site: Site, use: Use) -> Site:
     return replace(site, uses=(replace(site.uses[0], use=use),))
 
 
-_FOLLOWS_LAYOUT = ("MaxPool",)
-"""Operators that run channels-last between convolutions in integers, many times faster there than by themselves."""
+_CHANNELS_LAST = {"MaxPool": "NhwcMaxPool"}
+"""Operators that get another kernel between convolutions in integers, many times faster than the one that they get by themselves."""
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 

@@ -193,7 +193,7 @@ CARRIERS = {
     "y = Relu (x)": "QLinearLeakyRelu",
     "y = GlobalAveragePool (x)": "QLinearGlobalAveragePool",
     "y = Concat <axis = 1> (x, x)": "QLinearConcat",
-    "y = MaxPool <kernel_shape = [2, 2]> (x)": "MaxPool",
+    "y = MaxPool <kernel_shape = [2, 2]> (x)": "NhwcMaxPool",
     "y = Transpose <perm = [0, 1, 3, 2]> (x)": "Transpose",
     "y = Softmax (x)": "QLinearSoftmax",
 }
