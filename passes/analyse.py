@@ -314,5 +314,5 @@ def _carrier_candidates(name: str, change_s: float, coupling: Coupling) -> tuple
     floats, integers = coupling.terms(name, integer=False), coupling.terms(name, integer=True)
     return (
         Candidate(UNCHANGED, 0, 0.0, 0.0, 0.0, floats.needs, floats.provides),
-        Candidate(CARRIED, 0, change_s, 0.0, 0.0, integers.needs, integers.provides),
+        Candidate(CARRIED, 0, change_s, 0.0, 0.0, integers.needs, integers.provides, integers.requires),
     )

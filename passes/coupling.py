@@ -25,11 +25,13 @@ class Unit:
         inputs: activation values that they read.
         outputs: activation values that they yield.
         float_output: whether they yield floats even when they run in integers, as matrix products can.
+        follows: whether they run in integers only behind others that do, because their kernels want the layout that those leave.
     """
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     float_output: bool = False
+    follows: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,10 +53,11 @@ class ValuePrice:
 
 @dataclass(frozen=True)
 class Terms:
-    """Resources that an option needs, and those that it provides."""
+    """Resources that an option needs, those that it provides, and those that a neighbour has to provide."""
 
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
+    requires: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -110,8 +113,9 @@ def couple(units: Mapping[str, Unit], prices: Mapping[str, ValuePrice], outside:
             in_floats = [(group, False) for group in readers]
             leaving = [(group, True) for group in rounding] if value in outside else []
             add(f"dequantize:{value}", Cost(0, price.dequantize_s, 0.0), in_floats + leaving, [(group, False) for group in rounding])
+    required = {(group, True): [f"quantize:{value}" for value in unit.inputs] for group, unit in units.items() if unit.follows}
     terms = {
-        option: Terms(tuple(dict.fromkeys(needs.get(option, ()))), tuple(dict.fromkeys(provides.get(option, ()))))
+        option: Terms(*(tuple(dict.fromkeys(names.get(option, ()))) for names in (needs, provides, required)))
         for option in (*needs, *provides)
     }
     return Coupling(

@@ -29,7 +29,7 @@ from .latency import MicroBench, measure, structure
 from .model import Model
 from .price import noise
 from .ranges import Range
-from .regions import Carrier
+from .regions import CHANNELS_LAST, Carrier
 from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
 from .sites import Site, opset
 from .weights import WeightStore
@@ -146,7 +146,7 @@ class LatencyPricer:
         """Seconds that an operator without a weight adds when it runs in integers."""
         floats = self._carrier_micro(carrier)
         shapes = {name: self._values[name] for name in carrier.inputs}
-        if carrier.node.op_type in _CHANNELS_LAST:
+        if carrier.node.op_type in CHANNELS_LAST:
             before_s = self._bench.seconds(floats, shapes)
             after_s = self._bench.seconds(*self._channels_last(carrier))
         else:
@@ -159,7 +159,7 @@ class LatencyPricer:
         """A model of the kernel that replaces the operator between convolutions in integers, and the shape of its input."""
         batch, channels, *lengths = self._values[carrier.inputs[0]]
         shape = (batch, *lengths, channels)
-        node = helper.make_node(_CHANNELS_LAST[carrier.node.op_type], ["x"], ["y"], domain="com.microsoft")
+        node = helper.make_node(CHANNELS_LAST[carrier.node.op_type], ["x"], ["y"], domain="com.microsoft")
         node.attribute.extend(a for a in carrier.node.attribute if a.name != "storage_order")
         graph = helper.make_graph(
             [node],
@@ -289,9 +289,6 @@ def _single(site: Site, use: Use) -> Site:
     """The site with one other use."""
     return replace(site, uses=(replace(site.uses[0], use=use),))
 
-
-_CHANNELS_LAST = {"MaxPool": "NhwcMaxPool"}
-"""Operators that get another kernel between convolutions in integers, many times faster than the one that they get by themselves."""
 
 _CONVERSIONS = ("QuantizeLinear", "DequantizeLinear")
 

@@ -9,7 +9,7 @@ from intaglio.ops.families import FAMILIES
 from .coupling import Unit
 from .graph import MAIN, ValueIndex
 from .model import Model
-from .regions import Carrier, unit_output
+from .regions import CHANNELS_LAST, Carrier, unit_output
 from .sites import Site
 
 _FLOAT_OUTPUT = ("MatMul", "Gemm")
@@ -28,7 +28,8 @@ def units_around(model: Model, sites: Iterable[Site], carriers: Iterable[Carrier
         if set(inputs).isdisjoint(outputs):
             units[site.name] = Unit(inputs, outputs, site.op_type in _FLOAT_OUTPUT)
     for carrier in carriers:
-        units[carrier.name] = Unit(carrier.inputs, (carrier.output,), carrier.node.op_type in _FLOAT_OUTPUT)
+        kind = carrier.node.op_type
+        units[carrier.name] = Unit(carrier.inputs, (carrier.output,), kind in _FLOAT_OUTPUT, kind in CHANNELS_LAST)
     return units
 
 

@@ -102,6 +102,25 @@ def test_a_region_is_entered_and_left_once() -> None:
     assert solution.objective == pytest.approx(1000 - 3 * 4.0 + 10.0 + 1.0)
 
 
+@pytest.mark.parametrize(("follows", "choice"), [(False, (0, 1)), (True, (1, 1))])
+def test_what_follows_runs_in_integers_only_behind_integers(follows: bool, choice: tuple[int, int]) -> None:
+    """The pool alone would save time on paper; where its kernel wants the layout of the layer before it, both change or neither."""
+    units = {"layer": Unit(("x",), ("v",)), "pool": Unit(("v",), ("y",), follows=follows)}
+    coupling = couple(units, dict.fromkeys("xvy", PRICE), frozenset())
+    groups = []
+    for name, saved_s in (("layer", -1.0), ("pool", 20.0)):
+        floats, integers = (coupling.terms(name, integer=integer) for integer in (False, True))
+        groups.append(
+            (
+                Option(0, 0.0, 0.0, floats.needs, floats.provides, floats.requires),
+                Option(0, -saved_s, 0.0, integers.needs, integers.provides, integers.requires),
+            )
+        )
+    problem = Problem(tuple(groups), Cost(0, 1000.0, 0.0), coupling.resources)
+    assert solve(problem, Budget(None, None, None, "latency")).choice == choice
+    assert problem.allows((0, 1)) is not follows
+
+
 def test_units_that_border_on_nothing_that_anyone_reads_need_nothing_in_floats() -> None:
     coupling = couple({"a": Unit(("x",), ("y",))}, {"x": PRICE, "y": PRICE}, frozenset("y"))
     assert coupling.terms("a", integer=False).needs == ()
