@@ -66,7 +66,7 @@ KEEPING = frozenset(
 """Carriers that move or select entries of their first input: ONNX Runtime runs them on bytes if both sides have one scale."""
 
 CHANNELS_LAST = {"MaxPool": "NhwcMaxPool"}
-"""Carriers with a kernel of bytes that wants channels last, as convolutions in integers leave them, and a many times slower one elsewhere."""
+"""Carriers that have a kernel for bytes with channels last, as convolutions in integers leave them, and a far slower one elsewhere."""
 
 _ABSORBING = frozenset(("Add", "AveragePool", "Concat", "Conv", "Gemm", "GlobalAveragePool", "MatMul", "Mul"))
 """Operators whose integer kernels round and saturate to a scale of the output's own."""
