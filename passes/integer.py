@@ -29,7 +29,19 @@ from .canonicalize import remove_dead
 from .graph import ValueIndex, all_names
 from .model import Model
 from .ranges import Range
-from .regions import KEEPING, MIN_OPSET, activation_inputs, added_bias, clip_bounds, data_inputs, is_bias, unit_output, value_types, varying
+from .regions import (
+    CHANNELS_LAST,
+    KEEPING,
+    MIN_OPSET,
+    activation_inputs,
+    added_bias,
+    clip_bounds,
+    data_inputs,
+    is_bias,
+    unit_output,
+    value_types,
+    varying,
+)
 from .rewrite import FUNCTION_IR, OPTIONAL_INPUT_IR, carry
 from .sites import opset
 
@@ -328,11 +340,17 @@ class _Placement:
         self._splice.after(last, self._splice.pair(name, last.output[0], name, self._parameters[name]))
 
     def _round_input(self, name: str) -> None:
-        """A pair for the operators in integers that read a value; everybody else reads it as before."""
+        """A pair for the operators in integers that read a value; everybody else reads it as before.
+
+        ONNX Runtime moves a quantizer in front of a pool, whose kernel for bytes is slow behind floats; a Sum of one term holds it back.
+        """
         producer = self._index.producer(name)
-        rounded = self._splice.fresh(f"{name}_dequantized")
-        pair = self._splice.pair(name, name, rounded, self._parameters[name])
-        self._splice.after(None if producer is None else producer.node, pair)
+        rounded, source, held = self._splice.fresh(f"{name}_dequantized"), name, []
+        if producer is not None and producer.node.op_type in CHANNELS_LAST:
+            source = self._splice.fresh(f"{name}_held")
+            held = [helper.make_node("Sum", [name], [source])]
+        pair = self._splice.pair(name, source, rounded, self._parameters[name])
+        self._splice.after(None if producer is None else producer.node, [*held, *pair])
         for unit in self._units:
             if name in unit.inputs:
                 for position, each in enumerate(unit.node.input[: data_inputs(unit.node)]):

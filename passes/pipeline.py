@@ -201,7 +201,7 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
                 continue
             excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
         if excess > 0:
-            correction = replace(correction, spare_bytes=correction.spare_bytes + excess + 16)
+            correction = replace(correction, spare_bytes=int(budget.size_bytes or 0) - (plan.size_bytes - excess - 16))
             continue
         if budget.latency_s is None:
             return plan

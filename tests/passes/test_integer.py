@@ -340,6 +340,26 @@ def test_readers_see_what_was_rounded_only_behind_integers(tmp_path: Path) -> No
     assert optimized(result, tmp_path)["QLinearConv"] == 1
 
 
+def test_a_pool_in_floats_stays_in_floats_before_integers(tmp_path: Path) -> None:
+    """ONNX Runtime would move the quantizer in front of it, where bytes are pooled one channel after the other."""
+    text = """g (float[N, 3, 8, 8] x) => (float[N, 4, 4, 4] y) {
+        e = Exp (x)
+        p = MaxPool <kernel_shape = [2, 2], strides = [2, 2]> (e)
+        y = Conv (p, w)
+    }"""
+    proto = narrowed(parse(text, {"w": sparse(1, 4, 3, 1, 1, axis=0)}, ir_version=8))
+    result = place(load(proto), ["y"], {"p": ONE, "y": Range(np.float32(2), 128)}).proto
+    found = optimized(result, tmp_path)
+    assert found["QLinearConv"] == 1
+    assert [node.input[0] for node in result.graph.node if node.op_type == "Sum"] == ["p"]
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 4
+    ort.InferenceSession(result.SerializeToString(), options)
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.index("MaxPool") < kinds.index("QuantizeLinear")
+
+
 def test_nested_graphs_read_the_rounded_value() -> None:
     text = """g (float[N, 3, 4, 4] x, bool p) => (float[N, 4, 4, 4] y) {
         c = Conv (x, w)
