@@ -12,7 +12,7 @@ from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import bias_shift
 
-from .assemble import assemble, unit_ranges
+from .assemble import assemble, nominal_ranges
 from .bias import corrected, find_bias
 from .calibrate import calibrate, moment_parts
 from .channels import Cut
@@ -159,7 +159,7 @@ def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     for site in chosen:
         arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, run[site.name]))
         fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken)
-    return assemble(job.model, fragments, chosen, _carried(job, forms), unit_ranges, _placeholders(job, forms))
+    return assemble(job.model, fragments, chosen, _carried(job, forms), nominal_ranges, _placeholders(job, forms))
 
 
 def _stages(sites: Sequence[Site]) -> list[list[Site]]:

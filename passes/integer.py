@@ -50,6 +50,9 @@ _PRODUCTS = frozenset(("Gemm", "MatMul"))
 
 _BIASED = ("Conv", "Gemm")
 
+_WIDENED = 4.0
+"""How many times as wide as its own a range may become so that values that are joined have the same."""
+
 _QUANTIZE_BIAS = Program(
     "QuantizeBias",
     """(b, s) => (q) {
@@ -204,8 +207,36 @@ def _with_ranges(units: list[_Unit], ranges: Mapping[str, Range]) -> tuple[list[
         read = _read(units)
         able = [unit for unit in units if all(name in known for name in (*unit.inputs, *_yields(unit, read)))]
         if len(able) == len(units):
-            return units, known
+            return units, _agreed(units, known)
         units = able
+
+
+def _agreed(units: Sequence[_Unit], ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges, with one for all that a Concat joins: its kernel then moves bytes without looking each of them up.
+
+    Values of which one would have to give up more than `_WIDENED` of its steps keep ranges of their own.
+    """
+    sources = {unit.output: unit.source for unit in units}
+    teams: dict[str, set[str]] = {}  # values of one range
+    for name in ranges:
+        source = sources.get(name)
+        teams[name] = teams[source] if source is not None else set()
+        teams[name].add(name)
+    found = dict(ranges)
+    for unit in units:
+        if unit.node.op_type != "Concat":
+            continue
+        joined = (*unit.inputs, unit.output)
+        spans = [found[name] for name in joined]
+        if len(set(spans)) == 1 or len({span.dtype for span in spans}) > 1:
+            continue
+        low, high = min(span.lowest for span in spans), max(span.highest for span in spans)
+        if high - low > _WIDENED * min(span.highest - span.lowest for span in spans):
+            continue
+        team = set().union(*(teams[name] for name in joined))
+        found |= dict.fromkeys(team, Range.spanning(low, high, spans[0].dtype))
+        teams |= dict.fromkeys(team, team)
+    return found
 
 
 class _Splice:

@@ -40,8 +40,13 @@ SLACK = 0.97
 """Share of an error or latency budget that a plan may use, so that the verdict keeps it."""
 
 LOOSE = 0.85
-"""A plan that uses less of an error or latency budget than this is worth another round."""
+"""A plan that uses less of an error budget than this, or a built model that uses less of a latency budget, is worth another round."""
 
+_CLOSE = 0.93
+"""A plan that uses less of a latency budget than this is worth another round: rounds without fitting are cheap."""
+
+_LEAST_DRAG = 0.8
+"""Built models are taken to be this much faster than the mocks that plans are timed on, at most."""
 
 _PAIRS = 25
 """Pairs of runs of one comparison of two models."""
@@ -123,6 +128,9 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
             best = attempt
         if excess > 1:
             drag *= max(1.02, excess / SLACK)
+            continue
+        if 0 < excess < LOOSE and budget.minimize == "error" and drag > _LEAST_DRAG:
+            drag = max(_LEAST_DRAG, drag * excess / SLACK)
             continue
         off = min(measured / plan.divergence, FARTHEST_OFF) if plan.divergence > 0 else 1.0
         correction = replace(plan.correction, divergence=plan.correction.divergence * off)
@@ -213,7 +221,7 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         keeps, own = ratio <= limit * SLACK, plan.correction.latency
         if keeps and (best is None or plan.divergence < best.divergence):
             best = plan
-        if limit * LOOSE <= ratio <= limit * SLACK or predicted >= 1:
+        if limit * _CLOSE <= ratio <= limit * SLACK or predicted >= 1:
             break
         fast, slow = (max(fast, own), slow) if keeps else (fast, min(slow, own))
         wanted = max(0.05, own * (1 - ratio) / (1 - predicted))

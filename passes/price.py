@@ -17,7 +17,7 @@ from onnx import ModelProto, TensorProto, helper
 from intaglio.ops.emit import DOMAIN, Array, Spec, spec_of
 from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 
-from .assemble import assemble, unit_ranges
+from .assemble import assemble, nominal_ranges
 from .graph import all_names, field_size
 from .model import Model
 from .prune import Channels
@@ -115,7 +115,7 @@ class SizePricer:
         parts = {name: self._fragment(name, form) for name, form in plan.items() if form not in (UNCHANGED, CARRIED)}
         carried = [self._carriers[name] for name, form in plan.items() if form == CARRIED]
         cuts = self._groups().cuts(plan) if any(form.decomposition == PRUNED for form in plan.values()) else ()
-        return self._size(assemble(self._model, parts, list(self._sites.values()), carried, unit_ranges, cuts))
+        return self._size(assemble(self._model, parts, list(self._sites.values()), carried, nominal_ranges, cuts))
 
     def _groups(self) -> Channels:
         """The model's channel groups, found where a plan prunes some."""

@@ -22,13 +22,13 @@ from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.storage import STORAGES, readers
 
+from .assemble import nominal_ranges
 from .calibrate import Shapes
 from .graph import MAIN
 from .integer import place, quantized_values
 from .latency import MicroBench, measure, structure
 from .model import Model
 from .price import noise
-from .ranges import Range
 from .regions import CHANNELS_LAST, Carrier
 from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
 from .sites import Site, opset
@@ -315,10 +315,9 @@ def as_run(form: Form) -> Form:
 
 
 def _in_integers(micro: ModelProto, operators: Sequence[str]) -> ModelProto:
-    """The micro-model with the given operators in integers; what the ranges are does not matter for time."""
+    """The micro-model with the given operators in integers."""
     model = Model(micro, WeightStore(None), None, 0, "")
-    ranges = {value: Range(np.float32(0.05), 0) for value in quantized_values(model, operators)}
-    return place(model, operators, ranges).proto
+    return place(model, operators, nominal_ranges(model, operators, quantized_values(model, operators))).proto
 
 
 def _between_quantizers(proto: ModelProto) -> ModelProto:

@@ -17,7 +17,7 @@ from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
-from intaglio.passes.assemble import assemble, unit_ranges
+from intaglio.passes.assemble import assemble, nominal_ranges
 from intaglio.passes.calibrate import calibrate, observe
 from intaglio.passes.data import Dataset, input_specs, open_dataset
 from intaglio.passes.fit import pack
@@ -227,7 +227,7 @@ def mocked(model: Model, forms: Mapping[str, Form]) -> Model:
             arrays = tuple(tuple(np.zeros(spec.shape, spec.dtype) for spec in packed) for packed in ghosts(site, form))
             fragments[site.name] = fragment(site, form, arrays, model.proto, taken)
     carried = [carrier for carrier in find_carriers(model) if forms.get(carrier.name) == CARRIED]
-    return assemble(model, fragments, sites.sites, carried, unit_ranges)
+    return assemble(model, fragments, sites.sites, carried, nominal_ranges)
 
 
 def with_weight(proto: onnx.ModelProto, name: str, array: Array) -> onnx.ModelProto:

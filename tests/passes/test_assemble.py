@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.ops.storage import STORAGES
-from intaglio.passes.assemble import assemble, unit_ranges
+from intaglio.passes.assemble import assemble, nominal_ranges
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
 from intaglio.passes.price import SizePricer
@@ -131,16 +131,18 @@ def test_ranges_are_asked_for_the_values_that_are_quantized() -> None:
 
     def ranges(given: Model, names: object, values: object) -> dict[str, Range]:
         asked.append((sorted(names), sorted(values)))  # type: ignore[call-overload]
-        return unit_ranges(given, [], values)  # type: ignore[arg-type]
+        return nominal_ranges(given, [], values)  # type: ignore[arg-type]
 
     carried = [carrier for carrier in find_carriers(model) if carrier.name in ("s", "p")]
     assemble(model, {}, list(find_sites(model)), carried, ranges)
     assert asked == [(["p", "s"], ["b", "ra", "s"])]
 
 
-def test_unit_ranges_are_alike() -> None:
+def test_nominal_ranges_differ() -> None:
     model, _ = opened(8, 17)
-    assert unit_ranges(model, ["a"], ["x", "y"]) == {"x": Range(np.float32(0.05), 0), "y": Range(np.float32(0.05), 0)}
+    ranges = nominal_ranges(model, ["a"], ["x", "y", "z"])
+    assert list(ranges) == ["x", "y", "z"]
+    assert len({span.scale for span in ranges.values()}) == 3
 
 
 def feed() -> dict[str, Array]:

@@ -402,6 +402,23 @@ def test_moved_entries_keep_their_scale() -> None:
     assert scales["f_unrounded"] == scales["q_unrounded"]
 
 
+@pytest.mark.parametrize(("wide", "joint"), [(2.0, True), (5.0, False)])
+def test_what_a_concat_joins_has_one_range(wide: float, joint: bool) -> None:
+    """The pool keeps the range of what it reads, so that this one changes too; a range that is far narrower stays."""
+    text = """g (float[N, 3, 4, 4] x) => (float[N, 8, 4, 4] y) {
+        a = Conv (x, w)
+        b = Conv (x, w)
+        p = MaxPool <kernel_shape = [1, 1]> (b)
+        y = Concat <axis = 1> (a, p)
+    }"""
+    proto = narrowed(parse(text, {"w": sparse(1, 4, 3, 1, 1, axis=0)}, ir_version=8))
+    ranges = {"x": ONE, "a": Range(np.float32(1), 128), "b": Range(np.float32(wide), 128), "y": Range(np.float32(wide), 128)}
+    result = place(load(proto), ["a", "b", "p", "y"], ranges).proto
+    constants = {tensor.name: float(numpy_helper.to_array(tensor)) for tensor in result.graph.initializer if not tensor.dims}
+    scales = {node.input[0].split("_")[0]: constants[node.input[1]] for node in result.graph.node if node.op_type == "QuantizeLinear"}
+    assert scales == {"x": 1, "a": wide if joint else 1, "b": wide, "p": wide, "y": wide}
+
+
 def test_a_range_stops_where_an_absorbed_clip_does() -> None:
     text = "g (float[N, 3, 4, 4] x) => (float[N, 4, 4, 4] y) { c = Conv (x, w) y = Clip (c, least, most) }"
     weights = {"w": sparse(1, 4, 3, 1, 1, axis=0), "least": np.float32(-2), "most": np.float32(6)}
