@@ -407,11 +407,11 @@ def test_what_a_concat_joins_has_one_range(wide: float, joint: bool) -> None:
     """The pool keeps the range of what it reads, so that this one changes too; a range that is far narrower stays."""
     text = """g (float[N, 3, 4, 4] x) => (float[N, 8, 4, 4] y) {
         a = Conv (x, w)
-        b = Conv (x, w)
+        b = Conv (x, v)
         p = MaxPool <kernel_shape = [1, 1]> (b)
         y = Concat <axis = 1> (a, p)
     }"""
-    proto = narrowed(parse(text, {"w": sparse(1, 4, 3, 1, 1, axis=0)}, ir_version=8))
+    proto = narrowed(parse(text, {name: sparse(1, 4, 3, 1, 1, axis=0) for name in "wv"}, ir_version=8))
     ranges = {"x": ONE, "a": Range(np.float32(1), 128), "b": Range(np.float32(wide), 128), "y": Range(np.float32(wide), 128)}
     result = place(load(proto), ["a", "b", "p", "y"], ranges).proto
     constants = {tensor.name: float(numpy_helper.to_array(tensor)) for tensor in result.graph.initializer if not tensor.dims}
