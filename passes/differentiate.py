@@ -2,27 +2,43 @@
 
 Before: a model and the names of what to differentiate and with respect to what. After: a model with the same inputs and outputs, a further
 input for every cotangent, and a further output for every gradient. The rules of the operators are in `ops.vjp`.
+
+The result is at opset 18 or newer, with functions inlined and constant `If` nodes resolved (`modernize`); values keep their names. Weights
+are not read, and may lie in external data: run the result with `open_session(result.proto, weights=...)`.
+
+Must not fire on: an operator without a rule, or in a case its rule does not cover, or one that holds nested graphs. No gradient passes
+there; the result names it as a `Stop` and the values whose gradients lack a part as `partial`. Integers, bools and strings pass no gradient
+because their derivative is zero, which is no stop; only the integer codes between `QuantizeLinear` and `DequantizeLinear` do.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper, shape_inference
+from onnx import GraphProto, ModelProto, NodeProto, helper, numpy_helper
 
-from intaglio.ops.vjp import MIN_OPSET, RULES, Call, Names, Tape, Unsupported, Value
+from intaglio.ops.vjp import RULES, Call, Names, Tape, Unsupported, Value
 
 from .errors import InputError
-from .graph import all_names, reads, topological
+from .gates import Gates
+from .graph import all_names, nested_graphs, reads, topological
+from .modernize import modernize
+from .recompute import Recomputed, recompute_forward
 from .sites import opset
+from .values import infer, typed
+from .weights import WeightStore
 
-_SMALL_BYTES = 1 << 16
-"""Constants up to this size are shown to the rules (shapes, axes, positions)."""
+_STANDARD = ("", "ai.onnx")
+_QUANTIZE = "QuantizeLinear"
+_DEQUANTIZE = "DequantizeLinear"
+_MOVES_CODES = frozenset(
+    {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
+)
+"""What may stand between a QuantizeLinear and its DequantizeLinear: their rules never look at elements."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +47,7 @@ class Stop:
 
     Attributes:
         node: the operator's name, or its first output's name.
-        op_type: the operator.
+        op_type: the operator, as "domain::type" outside the default domain.
         reason: why no gradient passes.
     """
 
@@ -48,11 +64,13 @@ class Differentiated:
     """A model with gradients.
 
     Attributes:
-        proto: the model; initializers are those of the original.
+        proto: the model; initializers are those of the original and the constants of the reverse pass.
         cotangents: output name → name of the input that takes its cotangent, shaped and typed like the output.
-        gradients: value name → name of the output that holds its gradient. A value that the loss does not depend on is absent.
-        stops: operators that no gradient passes.
+        gradients: value name → name of the output that holds its gradient. A value that the loss does not depend on, or only through
+            stops, is absent.
+        stops: operators between `wrt` and the outputs that no gradient passes.
         partial: names of values of which some path to the loss goes through a stop, so that their gradient lacks that part.
+        recomputed: names of forward values that the reverse pass computes again rather than keeps.
     """
 
     proto: ModelProto
@@ -60,6 +78,7 @@ class Differentiated:
     gradients: Mapping[str, str]
     stops: tuple[Stop, ...]
     partial: frozenset[str]
+    recomputed: frozenset[str] = frozenset()
 
 
 def differentiate(
@@ -68,6 +87,8 @@ def differentiate(
     wrt: Sequence[str],
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    recompute: bool | Collection[str] = False,
+    weights: WeightStore | None = None,
 ) -> Differentiated:
     """Add the reverse pass of a model.
 
@@ -76,84 +97,182 @@ def differentiate(
 
     Args:
         proto: the model; not changed.
-        outputs: names of values with given cotangents.
-        wrt: names of initializers, inputs or other values.
-        shapes: lengths of inputs that the model leaves open, which makes the reverse pass smaller.
+        outputs: names of float values with given cotangents.
+        wrt: names of float initializers, inputs or other values. Nothing about their elements is built into the result, so initializers
+            among them may be replaced afterwards.
+        shapes: lengths of inputs that the model leaves open, which makes the reverse pass smaller and binds it to them.
+        recompute: True to keep only few forward values, at cuts chosen for memory, and to compute the others again in the reverse pass
+            (Chen et al. 2016, arXiv 1604.06174); or the names of the values to keep.
+        weights: reads small tensors in external data (shapes, axes), so that rules may build on them.
 
     Raises:
-        InputError: a name is not a value of the model, or no type can be inferred for it.
+        InputError: a name is not a value of the model, is no float or has no type that can be inferred; `shapes` contradicts the model;
+            or the model cannot be brought to opset 18.
     """
-    model, values = _typed(proto, shapes or {})
-    graph = model.graph
+    working = modernize(proto, weights)
+    model = working.proto
+    values = infer(model, wrt, shapes)
+    nodes = topological(model.graph.node)
     for name in (*outputs, *wrt):
-        if name not in values:
-            raise InputError(f"'{name}' is not a value of the model with a known type; it cannot take part in a derivative")
-    active = _reachable(graph.node, set(wrt))
-    tape = Tape(Names(all_names(model)), opset(model))
-    pending: dict[str, list[str]] = {}
-    cotangents: dict[str, str] = {}
-    for name in outputs:
-        cotangents[name] = tape.names.fresh(f"cotangent.{name}")
-        pending.setdefault(name, []).append(cotangents[name])
-        graph.input.append(_info(cotangents[name], values[name]))
-    stops: list[Stop] = []
-    blocked: set[str] = set()
-    for node in reversed(topological(graph.node)):
-        if not active.intersection(node.output):
-            continue
-        blocked |= {name for name in reads(node) if blocked.intersection(node.output)} & active
-        given = [_total(tape, pending, name) if name in active else None for name in node.output]
-        if not any(given):
-            continue
-        found = _apply(node, values, given, active, tape)
-        if isinstance(found, Stop):
-            stops.append(found)
-            blocked |= reads(node) & active
-            continue
-        for index, gradient in found.items():
-            pending.setdefault(node.input[index], []).append(gradient)
-    gradients = {name: total for name in wrt if (total := _total(tape, pending, name)) is not None}
-    results = {name: _published(tape, gradient, values[name], name) for name, gradient in gradients.items()}
-    graph.node.extend(tape.nodes)
+        _check(name, nodes, values, {value.name for value in model.graph.input})
+    tape = Tape(Names(all_names(model) | {value.name for value in model.graph.output}), opset(model))
+    produced = {name for node in nodes for name in node.output}
+    gates = None if recompute is False else Gates(tape)
+    sweep = _Sweep(values, _reachable(nodes, wrt), _codes(nodes, values), tape, gates, frozenset(wrt) - produced)
+    cotangents = {name: tape.names.fresh(f"cotangent.{name}") for name in outputs}
+    for name, fed in cotangents.items():
+        sweep.pending.setdefault(name, []).append(fed)
+    for node in reversed(nodes):
+        sweep.visit(node)
+    gradients = {name: _published(tape, total, name) for name in wrt if (total := sweep.total(name)) is not None}
+    again = _recomputed(nodes, sweep, values, model.graph, recompute)
+
+    result = working.restored()
+    graph = result.graph
+    del graph.node[:]
+    graph.node.extend(nodes if again is None else topological([*nodes, *again.nodes]))
+    if again is None:
+        graph.node.extend(tape.nodes)
     graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in tape.constants.items())
-    graph.output.extend(_info(results[name], values[name]) for name in results)
-    return Differentiated(model, cotangents, results, tuple(stops), frozenset(blocked.intersection(wrt)))
+    graph.value_info.extend(gates.declared if gates is not None else ())
+    graph.input.extend(typed(replace(values[name], name=fed)) for name, fed in cotangents.items())
+    graph.output.extend(typed(replace(values[name], name=published)) for name, published in gradients.items())
+    stops = tuple(sweep.stops)
+    return Differentiated(
+        result, cotangents, gradients, stops, frozenset(sweep.blocked.intersection(wrt)), again.values if again else frozenset()
+    )
 
 
-def _apply(
-    node: NodeProto, values: Mapping[str, Value], given: Sequence[str | None], active: set[str], tape: Tape
-) -> Mapping[int, str] | Stop:
-    """What the node's rule emits, or why it does not."""
-    key = node.op_type if node.domain in ("", "ai.onnx") else f"{node.domain}::{node.op_type}"
-    label = node.name or next(name for name in node.output if name)
-    wanted = frozenset(i for i, name in enumerate(node.input) if name in active and name in values and values[name].is_float)
-    if not wanted:
-        return {}
-    if key not in RULES:
-        return Stop(label, node.op_type, "the operator has no rule")
-    try:
-        call = Call(
+# --- the reverse sweep
+
+
+@dataclass
+class _Sweep:
+    """The state of a walk over the forward nodes from the outputs back.
+
+    Attributes:
+        values: what is known of the forward values.
+        active: values that depend on what is differentiated with respect to.
+        codes: names of integer values that stand for quantized floats → the float type of their cotangents.
+        tape: takes what rules emit.
+        gates: makes the reverse pass wait at each operator for its gradients of `leaves`, so that what these need is freed before
+            the next is computed; None to leave the order to the runtime.
+        leaves: what is differentiated with respect to and no operator makes.
+        pending: value name → gradients from the readers seen so far.
+        stops: where no gradient passes.
+        blocked: values of which some path to the loss goes through a stop.
+        entered: the nodes that a rule was applied to, in order, each with one of its cotangents.
+    """
+
+    values: Mapping[str, Value]
+    active: set[str]
+    codes: Mapping[str, np.dtype[Any]]
+    tape: Tape
+    gates: Gates | None
+    leaves: frozenset[str]
+    pending: dict[str, list[str]] = field(default_factory=dict)
+    stops: list[Stop] = field(default_factory=list)
+    blocked: set[str] = field(default_factory=set)
+    entered: list[tuple[NodeProto, str]] = field(default_factory=list)
+
+    def total(self, name: str) -> str | None:
+        """The sum of a value's gradients over its readers; None if there are none."""
+        terms = self.pending.get(name, [])
+        if len(terms) > 1:
+            terms = self.tape.emit("Sum", terms, 1, f"grad.{name}", "", {})
+            self.pending[name] = terms
+        return terms[0] if terms else None
+
+    def visit(self, node: NodeProto) -> None:
+        """Carry the cotangents of a node's outputs to its inputs. All readers of the outputs must have been visited."""
+        if not self.active.intersection(node.output):
+            return
+        lacking = not self.blocked.isdisjoint(node.output)
+        given = [self.total(name) if name in self.active else None for name in node.output]
+        if not any(given):
+            if lacking:
+                self.blocked |= self._passing(node)
+            return
+        found = self._apply(node, given)
+        if isinstance(found, Stop):
+            self.stops.append(found)
+            self.blocked |= self._passing(node)
+            return
+        for index, gradient in self._in_turn(node, found).items():
+            self.pending.setdefault(node.input[index], []).append(gradient)
+            if lacking:
+                self.blocked.add(node.input[index])
+
+    def _in_turn(self, node: NodeProto, found: Mapping[int, str]) -> Mapping[int, str]:
+        """The gradients, those that the reverse pass goes on with waiting for those that it is done with."""
+        done = [gradient for index, gradient in found.items() if node.input[index] in self.leaves]
+        if self.gates is None or not done:
+            return found
+        return {
+            index: gradient
+            if node.input[index] in self.leaves
+            else self.gates.wait(gradient, self._known(node.input[index], as_float=True), done)
+            for index, gradient in found.items()
+        }
+
+    def _apply(self, node: NodeProto, given: Sequence[str | None]) -> Mapping[int, str] | Stop:
+        """What the node's rule emits, or why it does not."""
+        key = _operator(node)
+        passing = self._passing(node)
+        if not passing:
+            return {}
+        try:
+            if any(reads(node) - set(node.input) & self.active) or any(nested_graphs(node)):
+                raise Unsupported("it holds nested graphs")
+            if key not in RULES:
+                raise Unsupported("the operator has no rule")
+            call = self._call(node, given, passing)
+            self.entered.append((node, next(name for name in given if name)))
+            found = RULES[key](call)
+        except Unsupported as reason:
+            return Stop(_label(node), key, str(reason))
+        return {index: name for index, name in found.items() if index in call.wanted}
+
+    def _call(self, node: NodeProto, given: Sequence[str | None], passing: set[str]) -> Call:
+        plain = node.op_type not in (_QUANTIZE, _DEQUANTIZE)
+        for name, cotangent in zip(node.output, given, strict=True):
+            if cotangent and not self._known(name).is_float and name not in self.codes:
+                raise Unsupported(f"its output '{name}' holds integers that come from no QuantizeLinear")
+        return Call(
             node,
-            tuple(_known(values, name) for name in node.input),
-            tuple(_known(values, name) for name in node.output),
+            tuple(self._known(name, plain) if name else None for name in node.input),
+            tuple(self._known(name, plain) if name else None for name in node.output),
             tuple(given),
-            wanted,
-            tape,
-            partial(_add_output, node, tape.names),
+            frozenset(index for index, name in enumerate(node.input) if name in passing),
+            self.tape,
+            partial(_add_output, node, self.tape.names),
         )
-        found = RULES[key](call)
-    except Unsupported as reason:
-        return Stop(label, node.op_type, str(reason))
-    return {index: name for index, name in found.items() if index in wanted}
+
+    def _passing(self, node: NodeProto) -> set[str]:
+        """Active values that the node reads and whose derivative is not zero by type: floats, codes, and what is of unknown type."""
+        found = set()
+        for name in reads(node) & self.active:
+            value = self.values.get(name)
+            # Whatever integers a DequantizeLinear reads, it reads them as floats.
+            if value is None or value.is_float or name in self.codes or (node.op_type == _DEQUANTIZE and name == node.input[0]):
+                found.add(name)
+        return found
+
+    def _known(self, name: str, as_float: bool = False) -> Value:
+        """A value; codes in the type of their cotangents if asked for."""
+        if name not in self.values:
+            raise Unsupported(f"the type of '{name}' is unknown")
+        value = self.values[name]
+        return replace(value, dtype=self.codes[name]) if as_float and name in self.codes else value
 
 
-def _known(values: Mapping[str, Value], name: str) -> Value | None:
-    """The value of this name; None where an optional one is left out."""
-    if not name:
-        return None
-    if name not in values:
-        raise Unsupported(f"the type of '{name}' is unknown")
-    return values[name]
+def _operator(node: NodeProto) -> str:
+    """The operator as rules name it."""
+    return str(node.op_type) if node.domain in _STANDARD else f"{node.domain}::{node.op_type}"
+
+
+def _label(node: NodeProto) -> str:
+    return str(node.name) or next(str(name) for name in node.output if name)
 
 
 def _add_output(node: NodeProto, names: Names, index: int) -> str:
@@ -165,75 +284,67 @@ def _add_output(node: NodeProto, names: Names, index: int) -> str:
     return str(node.output[index])
 
 
-def _total(tape: Tape, pending: dict[str, list[str]], name: str) -> str | None:
-    """The sum of a value's gradients over its readers."""
-    terms = pending.get(name, [])
-    if len(terms) > 1:
-        terms = tape.emit("Sum", terms, 1, f"grad.{name}", "", {})
-        pending[name] = terms
-    return terms[0] if terms else None
-
-
-def _published(tape: Tape, gradient: str, value: Value, name: str) -> str:
+def _published(tape: Tape, gradient: str, name: str) -> str:
     """An output of its own for a gradient: two values may share one."""
     result = tape.names.fresh(f"gradient.{name}")
     tape.nodes.append(helper.make_node("Identity", [gradient], [result]))
     return result
 
 
-def _reachable(nodes: Sequence[NodeProto], start: set[str]) -> set[str]:
-    """Values that depend on any of `start`, themselves included."""
+# --- what takes part
+
+
+def _check(name: str, nodes: Sequence[NodeProto], values: Mapping[str, Value], inputs: Collection[str]) -> None:
+    """Refuse a name that no gradient can be had of.
+
+    Raises:
+        InputError: see `differentiate`.
+    """
+    producer = next((node for node in nodes if name in node.output), None)
+    if name not in values:
+        if producer is None and name not in inputs:
+            raise InputError(f"'{name}' is not a value of the model; name an input, an initializer or the output of an operator")
+        made = f"made by {_operator(producer)} '{_label(producer)}'" if producer is not None else "an input"
+        raise InputError(f"the type of '{name}', {made}, is unknown to onnx's shape inference; declare it in the model's value_info")
+    if not values[name].is_float:
+        raise InputError(f"'{name}' holds {values[name].dtype}, expected floats; only floats have gradients")
+
+
+def _reachable(nodes: Sequence[NodeProto], start: Iterable[str]) -> set[str]:
+    """Values that depend on any of `start`, themselves included.
+
+    Args:
+        nodes: in topological order.
+        start: names of values.
+    """
     found = set(start)
-    for node in topological(nodes):
+    for node in nodes:
         if found & reads(node):
             found.update(name for name in node.output if name)
     return found
 
 
-def _typed(proto: ModelProto, shapes: Mapping[str, Sequence[int]]) -> tuple[ModelProto, dict[str, Value]]:
-    """A copy of the model at an opset that rules emit for, and what is known of its values."""
-    model = ModelProto()
-    model.CopyFrom(proto)
-    if opset(model) < MIN_OPSET:
-        raise InputError(f"opset {opset(model)} is too old to differentiate; convert the model to opset {MIN_OPSET} or newer")
-    for value in model.graph.input:
-        if value.name in shapes:
-            value.type.tensor_type.shape.CopyFrom(helper.make_tensor_type_proto(1, list(shapes[value.name])).tensor_type.shape)
-    inferred = shape_inference.infer_shapes(model, data_prop=True).graph
-    values: dict[str, Value] = {}
-    for info in (*inferred.input, *inferred.value_info, *inferred.output):
-        if info.type.HasField("tensor_type") and info.type.tensor_type.elem_type:
-            values[info.name] = Value(info.name, _dtype(info.type.tensor_type.elem_type), _lengths(info.type.tensor_type))
-    for tensor in inferred.initializer:
-        small = tensor.data_location != TensorProto.EXTERNAL and tensor.ByteSize() <= _SMALL_BYTES
-        constant = numpy_helper.to_array(tensor) if small else None
-        values[tensor.name] = Value(tensor.name, _dtype(tensor.data_type), tuple(tensor.dims), constant)
-    for node in inferred.node:
-        if node.op_type == "Constant" and node.output[0] in values:
-            values[node.output[0]] = Value(node.output[0], *_constant(node))
-    return model, values
+def _codes(nodes: Sequence[NodeProto], values: Mapping[str, Value]) -> dict[str, np.dtype[Any]]:
+    """Integers that QuantizeLinear made, also where they have been moved since: names → type of the float that they stand for."""
+    found: dict[str, np.dtype[Any]] = {}
+    for node in nodes:
+        if node.op_type == _QUANTIZE and node.input[0] in values and node.output[0] in values:
+            found[node.output[0]] = values[node.input[0]].dtype
+        elif node.op_type in _MOVES_CODES and node.domain in _STANDARD and node.input and node.input[0] in found:
+            found.update((name, found[node.input[0]]) for name in node.output if name)
+    return found
 
 
-def _constant(node: NodeProto) -> tuple[np.dtype[Any], tuple[int, ...], NDArray[Any]]:
-    """What a Constant node holds."""
-    found = helper.get_attribute_value(node.attribute[0])
-    if isinstance(found, TensorProto):
-        array = numpy_helper.to_array(found)
-    else:
-        array = np.asarray(found, np.float32 if node.attribute[0].name.startswith("value_float") else np.int64)
-    return array.dtype, array.shape, array
-
-
-def _dtype(data_type: int) -> np.dtype[Any]:
-    return np.dtype(helper.tensor_dtype_to_np_dtype(data_type))
-
-
-def _lengths(tensor: Any) -> tuple[int | None, ...] | None:
-    """Lengths of a tensor type; None for one that is open, and for a rank that is."""
-    if not tensor.HasField("shape"):
+def _recomputed(
+    nodes: Sequence[NodeProto], sweep: _Sweep, values: Mapping[str, Value], graph: GraphProto, recompute: bool | Collection[str]
+) -> Recomputed | None:
+    """The reverse pass on recomputed values; None where all are kept."""
+    if sweep.gates is None or recompute is False:
         return None
-    return tuple(d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim)
-
-
-def _info(name: str, value: Value) -> Any:
-    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+    for name in () if recompute is True else recompute:
+        if name not in values:
+            raise InputError(f"recompute: '{name}' is not a value of the model; name values to keep")
+    given = {value.name for value in graph.input}
+    outputs = {value.name for value in graph.output}
+    keep = None if recompute is True else frozenset(recompute)
+    return recompute_forward(nodes, sweep.tape, sweep.entered, sweep.gates, values, given, outputs, keep)

@@ -30,12 +30,14 @@ class Value:
         dtype: its element type.
         shape: its lengths; None if not even the rank is known.
         constant: its elements, if they are known before a run.
+        symbols: names of its lengths, one an axis; lengths of one name are equal in every run. None where a length has no name.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[Dim, ...] | None
     constant: NDArray[Any] | None = None
+    symbols: tuple[str | None, ...] | None = None
 
     @property
     def rank(self) -> int:
@@ -54,6 +56,16 @@ class Value:
         if self.shape is None or None in self.shape:
             return None
         return tuple(length for length in self.shape if length is not None)
+
+    @property
+    def lengths(self) -> tuple[int | str | None, ...]:
+        """The shape with names for the lengths that have one: equal entries other than None are equal lengths.
+
+        Raises:
+            Unsupported: the rank is unknown.
+        """
+        names = self.symbols or (None,) * self.rank
+        return tuple(name if length is None else length for length, name in zip(self.shape or (), names, strict=True))
 
     @property
     def is_float(self) -> bool:
@@ -82,19 +94,28 @@ class Names:
 
 @dataclass
 class Tape:
-    """The nodes and initializers of the reverse pass, in topological order; constants of equal content exist once."""
+    """The nodes and initializers of the reverse pass, in topological order; constants of equal content exist once.
+
+    Attributes:
+        names: names in use.
+        opset: version of the default domain.
+        nodes: what was emitted.
+        constants: initializers by name.
+        stem: how names of constants begin.
+    """
 
     names: Names
     opset: int
     nodes: list[NodeProto] = field(default_factory=list)
     constants: dict[str, NDArray[Any]] = field(default_factory=dict)
+    stem: str = "grad"
     _by_content: dict[tuple[str, tuple[int, ...], bytes], str] = field(default_factory=dict)
 
     def constant(self, array: NDArray[Any]) -> str:
         """The name of an initializer with these elements."""
         key = array.dtype.str, array.shape, array.tobytes()
         if key not in self._by_content:
-            name = self.names.fresh(f"grad.constant{len(self.constants)}")
+            name = self.names.fresh(f"{self.stem}.constant{len(self.constants)}")
             self._by_content[key], self.constants[name] = name, array
         return self._by_content[key]
 
@@ -246,11 +267,11 @@ class Call:
         result = result or self.y()
         if value.shape is None or result.shape is None:
             return self._sum_at_run_time(gradient, value)
-        if value.static is not None and value.static == result.static:
+        if value.lengths == result.lengths and None not in value.lengths:
             return gradient
         lead = len(result.shape) - len(value.shape)
-        pairs = list(enumerate(zip(result.shape[lead:], value.shape, strict=True), lead))
-        if any(length is None for _, (_, length) in pairs) and not all(a == b is not None or b == 1 for _, (a, b) in pairs):
+        pairs = list(enumerate(zip(result.lengths[lead:], value.lengths, strict=True), lead))
+        if any(not isinstance(length, int) and (length is None or length != other) for _, (other, length) in pairs):
             return self._sum_at_run_time(gradient, value)
         repeated = [axis for axis, (a, b) in pairs if b == 1 and a != 1]
         total = gradient

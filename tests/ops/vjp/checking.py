@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnx
@@ -10,6 +12,7 @@ from onnx import helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 from intaglio.passes.differentiate import Differentiated, differentiate
+from intaglio.passes.session import open_session
 
 Array = np.ndarray
 
@@ -114,3 +117,123 @@ def run_gradients(found: Differentiated, feed: Mapping[str, Array], cotangents: 
     fed = {**feed, **{found.cotangents[name]: array for name, array in cotangents.items()}}
     names = list(found.gradients)
     return dict(zip(names, ReferenceEvaluator(found.proto).run([found.gradients[name] for name in names], fed), strict=True))
+
+
+RUNTIME_TOLERANCE = 1e-4
+"""Float32 against float64: a few dozen roundings of 6e-8 each, in sums whose terms cancel by at most two digits."""
+
+
+def runtime_error(
+    nodes: Sequence[onnx.NodeProto] | str,
+    inputs: Mapping[str, Array],
+    wrt: Sequence[str],
+    outputs: Sequence[str] = ("y",),
+    *,
+    opset: int = 18,
+    known: Sequence[str] = (),
+    seed: int = 0,
+    open_shapes: bool = False,
+) -> float:
+    """The largest relative error of gradients in float32 under ONNX Runtime against those in float64 under the reference evaluator.
+
+    Args: as for `gradient_error`.
+    """
+    single = {name: array.astype(np.float32) if array.dtype == np.float64 else array for name, array in inputs.items()}
+    exact = {name: array.astype(np.float64) if array.dtype == np.float32 else array for name, array in single.items()}
+    results = []
+    rng = np.random.default_rng(seed)
+    cotangents: dict[str, Array] = {}
+    for arrays in (exact, single):
+        proto = model_of(nodes, arrays, outputs, opset=opset, known=known)
+        if open_shapes:
+            hide_shapes(proto)
+        feed = {name: array for name, array in arrays.items() if name not in known}
+        found = differentiate(proto, outputs, wrt)
+        assert not found.stops, [str(stop) for stop in found.stops]
+        if not cotangents:
+            values = ReferenceEvaluator(proto).run(list(outputs), feed)
+            cotangents = {name: rng.standard_normal(np.shape(value)) for name, value in zip(outputs, values, strict=True)}
+            results.append(run_gradients(found, feed, cotangents))
+        else:
+            results.append(run_in_runtime(found, feed, {name: array.astype(np.float32) for name, array in cotangents.items()}))
+    assert results[0].keys() == results[1].keys()
+    return max((relative_error(results[1][name], results[0][name]) for name in results[0]), default=0.0)
+
+
+def run_in_runtime(found: Differentiated, feed: Mapping[str, Array], cotangents: Mapping[str, Array]) -> dict[str, Array]:
+    """Gradients under ONNX Runtime, by value name."""
+    names = list(found.gradients)
+    fed = {**feed, **{found.cotangents[name]: array for name, array in cotangents.items()}}
+    return dict(zip(names, open_session(found.proto).run([found.gradients[name] for name in names], fed), strict=True))
+
+
+def relative_error(found: Array, expected: Array) -> float:
+    """max|found − expected| / max(1, max|expected|)."""
+    assert found.shape == expected.shape, (found.shape, expected.shape)
+    return float(np.max(np.abs(found - expected), initial=0.0)) / max(1.0, float(np.max(np.abs(expected), initial=0.0)))
+
+
+def model_error(
+    proto: onnx.ModelProto,
+    inputs: Mapping[str, Array],
+    wrt: Sequence[str],
+    outputs: Sequence[str] = ("y",),
+    *,
+    step: float = STEP,
+    prepare: Callable[[onnx.ModelProto], onnx.ModelProto] | None = None,
+) -> float:
+    """`gradient_error` of a model that is there already, for types that must be declared.
+
+    Args:
+        prepare: rewrites the model with gradients into what the reference evaluator can run.
+    """
+    found = differentiate(proto, outputs, wrt)
+    assert not found.stops, [str(stop) for stop in found.stops]
+    if prepare is not None:
+        found = replace(found, proto=prepare(found.proto))
+    forward, rng = ReferenceEvaluator(proto), np.random.default_rng(0)
+    values = forward.run(list(outputs), dict(inputs))
+    cotangents = {name: rng.standard_normal(np.shape(value)) for name, value in zip(outputs, values, strict=True)}
+
+    def loss(name: str, array: Array) -> float:
+        results = forward.run(list(outputs), {**inputs, name: array})
+        return float(sum(np.sum(cotangents[output] * value) for output, value in zip(outputs, results, strict=True)))
+
+    analytic = run_gradients(found, inputs, cotangents)
+    return max(relative_error(analytic[name], differences(partial(loss, name), inputs[name], step)) for name in wrt)
+
+
+def differences(function: Callable[[Array], float], at: Array, step: float = STEP) -> Array:
+    """Central differences of a scalar function with respect to each entry."""
+    gradient = np.zeros_like(at)
+    for index in np.ndindex(*at.shape):
+        up, down = at.copy(), at.copy()
+        up[index] += step
+        down[index] -= step
+        gradient[index] = (function(up) - function(down)) / (2 * step)
+    return gradient
+
+
+def hide_shapes(proto: onnx.ModelProto) -> None:
+    """Hide the lengths of a model's inputs."""
+    for value in proto.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            dim.dim_param = f"{value.name}{axis}"
+
+
+def check_everywhere(
+    nodes: Sequence[onnx.NodeProto] | str,
+    inputs: Mapping[str, Array],
+    wrt: Sequence[str],
+    outputs: Sequence[str] = ("y",),
+    *,
+    opset: int = 18,
+    known: Sequence[str] = (),
+) -> None:
+    """Assert that gradients are right under the reference evaluator and under ONNX Runtime, with known and with open lengths.
+
+    Args: as for `gradient_error`.
+    """
+    for open_shapes in (False, True):
+        assert gradient_error(nodes, inputs, wrt, outputs, opset=opset, known=known, open_shapes=open_shapes) < TOLERANCE
+        assert runtime_error(nodes, inputs, wrt, outputs, opset=opset, known=known, open_shapes=open_shapes) < RUNTIME_TOLERANCE
