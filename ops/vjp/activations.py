@@ -147,11 +147,11 @@ def _swish(default: float) -> Rule:
 def _mish(call: Call) -> Gradients:
     """y = x t with t = tanh(log(1 + eˣ)) = n / (n + 2), n = eˣ (eˣ + 2): t + x (1 − t²) σ(x).
 
-    ONNX Runtime takes much longer for Softplus than for all of this. Where eˣ is cut off, so that n is finite, t rounds to 1.
+    ONNX Runtime takes much longer for Softplus than for all of this. Above the largest x whose n is finite, t rounds to 1.
     """
-    x, one, two = call.x().name, call.scalar(1), call.scalar(2)
-    largest = 5 if call.x().dtype.name == "float16" else 20
-    exp = call.op("Exp", call.op("Min", x, call.scalar(largest)))
+    one, two = call.scalar(1), call.scalar(2)
+    x = call.op("Min", call.x().name, call.scalar(5.5 if call.x().dtype.name == "float16" else 20))
+    exp = call.op("Exp", x)
     n = call.op("Mul", exp, call.op("Add", exp, two))
     t = call.op("Div", n, call.op("Add", n, two))
     bent = call.op("Mul", call.op("Sub", one, call.op("Mul", t, t)), call.op("Sigmoid", x))

@@ -41,22 +41,38 @@ def _einsum(call: Call) -> Gradients:
 
 def _gradient(call: Call, equation: _Equation, lengths: dict[str, int | str | None], index: int) -> str:
     own, x = equation.terms[index], call.x(index)
-    factors = [(call.dy, equation.result)]
-    factors += [(call.x(i).name, term) for i, term in enumerate(equation.terms) if i != index]
+    others = [i for i in range(len(equation.terms)) if i != index]
+    factors = [(call.dy, equation.result), *((call.x(i).name, equation.terms[i]) for i in others)]
     found = {letter for _, term in factors for letter in term}
     kept = tuple(letter for letter in own if letter in found)
     summed = _DOTS in found and _DOTS not in own  # an equation cannot say so
     gradient = _contracted(call, factors, (_DOTS, *kept) if summed else kept)
     if summed and (count := sum(label.startswith(_DOTS) for label in lengths)):
         gradient = call.op("ReduceSum", gradient, call.ints(*range(count)), keepdims=0)
-    labels = _labels(own, x)
-    lonely = [axis for axis, label in enumerate(labels) if label in own and label not in found]
-    if lonely:
-        gradient = call.op("Expand", call.op("Unsqueeze", gradient, call.ints(*lonely)), call.shape(x))
-    full = [lengths[label] for label in labels]
+    gradient = _repeated(call, equation, lengths, index, gradient)
+    full = [lengths[label] for label in _labels(own, x)]
     shape = tuple(length if isinstance(length, int) else None for length in full)
     symbols = tuple(length if isinstance(length, str) else None for length in full)
     return call.sum_to(gradient, x, Value(gradient, x.dtype, shape, symbols=symbols))
+
+
+def _repeated(call: Call, equation: _Equation, lengths: dict[str, int | str | None], index: int, gradient: str) -> str:
+    """Give a gradient the axes over which only its operand was summed, and its lengths where the factors have 1.
+
+    Args:
+        index: the operand's.
+        gradient: lacks the axes that are in no factor.
+    """
+    own, x = equation.terms[index], call.x(index)
+    given = _lengths(call, equation, without=index)
+    labels = _labels(own, x)
+    lonely = [axis for axis, label in enumerate(labels) if label in own and label not in given and label not in equation.result]
+    if lonely:
+        gradient = call.op("Unsqueeze", gradient, call.ints(*lonely))
+    summed = [label for label in labels if label in own and label not in equation.result]
+    if all(label in given and given[label] == lengths[label] is not None for label in summed):
+        return gradient
+    return call.op("Expand", gradient, call.shape(x))
 
 
 def _contracted(call: Call, factors: list[tuple[str, tuple[str, ...]]], result: tuple[str, ...]) -> str:
@@ -92,10 +108,16 @@ def _labels(term: tuple[str, ...], value: Value) -> list[str]:
     return [label for index in term for label in (dots if index == _DOTS else [index])]
 
 
-def _lengths(call: Call, equation: _Equation) -> dict[str, int | str | None]:
-    """The length of each label after broadcasting, or its name; None where it is unknown."""
+def _lengths(call: Call, equation: _Equation, without: int | None = None) -> dict[str, int | str | None]:
+    """The length of each label after broadcasting, or its name; None where it is unknown.
+
+    Args:
+        without: an operand to leave out.
+    """
     entries: dict[str, set[int | str | None]] = {}
     for index, term in enumerate(equation.terms):
+        if index == without:
+            continue
         value = call.x(index)
         for label, length in zip(_labels(term, value), value.lengths, strict=True):
             entries.setdefault(label, set()).add(length)
