@@ -9,14 +9,14 @@ import onnx
 
 from intaglio.passes.apply import apply_plan
 from intaglio.passes.budget import Request
-from intaglio.passes.check import check_request, check_settings
+from intaglio.passes.check import check_labels, check_request, check_settings
 from intaglio.passes.data import Source
 from intaglio.passes.inspect import Inspection, inspect_job, inspect_model
 from intaglio.passes.job import Settings, open_job
 from intaglio.passes.judge import Benchmark, Verdict, bench_models, verify_models
 from intaglio.passes.options import Runtime
-from intaglio.passes.pipeline import compress_job
 from intaglio.passes.plan import Plan, read_plan
+from intaglio.passes.presets import compress as compress_job
 from intaglio.passes.replan import plan_job, replan
 from intaglio.passes.report import Result
 from intaglio.passes.session import CPU
@@ -33,11 +33,14 @@ def compress(
     latency: float | str | None = None,
     error: float | None = None,
     minimize: Quantity | None = None,
+    preset: str | None = None,
+    drop: float | None = None,
     target: str = "cpu",
     providers: Sequence[str] = (CPU,),
     threads: int = 1,
     labels: str | None = None,
     metric: str = "accuracy",
+    loss: str = "cross-entropy",
     kind: str = "auto",
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
@@ -46,11 +49,15 @@ def compress(
     arithmetics: Sequence[str] = (),
     expand: bool = True,
     ranges: str = "auto",
+    curvature: str = "input",
+    tune: int | str | None = None,
+    augment: Sequence[str] = (),
+    tune_labels: float = 0.0,
     samples: int | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
 ) -> Result:
-    """Shrink a model within a budget; at least one of size, latency and error is needed, or minimize.
+    """Shrink a model within a budget; at least one of size, latency and error is needed, or minimize, or with labels drop or a preset.
 
     Args:
         model: a file, or a model in memory.
@@ -59,11 +66,14 @@ def compress(
         latency: a ratio (0.5), a percentage or a time ("3ms") of one run.
         error: most divergence of the outputs on held-out samples: KL in nats for class scores, else relative mean square error.
         minimize: "size", "latency" or "error"; by default the error if a size or latency is given, else the size.
+        preset: with labels, "lossless" (the best held-out loss at `size`) or "compact" (the smallest model within `drop`).
+        drop: points that the metric may fall by; alone it means "compact".
         target: what kind of runtime the result is for.
         providers: execution providers that latency is measured on.
         threads: intra-op threads that latency is measured with.
         labels: name of the array of labels in the data.
         metric: what labels are scored by: "accuracy" or "mse".
+        loss: what presets improve: "cross-entropy", "mse", or the name of an output that holds a loss.
         kind: what the first output holds: "auto", "logits", "probabilities", "log-probabilities" or "values".
         include: regular expressions of names of weights that may change; all if there are none.
         exclude: regular expressions of names of weights that may not.
@@ -72,7 +82,11 @@ def compress(
         arithmetics: which layers may compute in; all of the target if there are none.
         expand: whether stored weights may be expanded when the model is loaded.
         ranges: how ranges of quantized activations are calibrated: "auto", "minmax", "percentile", "mse" or "entropy".
-        samples: most samples used; all by default.
+        curvature: what weight errors are measured by: "input", or "both" sides of a layer.
+        tune: steps of tuning the result against the original's outputs, or "auto"; kept only if it helps.
+        augment: random changes of tuned images: "flip", "shift", "crop", "mixup".
+        tune_labels: weight of the cross-entropy to labels while tuning, against 1 for the original's outputs.
+        samples: most samples that choices are made on; tuning has those left over too. All by default.
         seed: of every random choice.
         cache: folder of measured latencies; None keeps them in memory. `default_folder()` is the command line's.
 
@@ -84,7 +98,7 @@ def compress(
         InfeasibleError: no choice meets the budgets; the message names the nearest feasible ones.
         VerificationError: the budgets do not hold on held-out data.
     """
-    request = Request(size, latency, error, minimize)
+    request = Request(size, latency, error, minimize, preset, drop)
     settings = Settings(
         target,
         Runtime(tuple(providers), threads),
@@ -101,9 +115,15 @@ def compress(
         arithmetics=tuple(arithmetics),
         expand=expand,
         ranges=ranges,
+        curvature=curvature,
+        loss=loss,
+        tune=tune,
+        augment=tuple(augment),
+        tune_labels=tune_labels,
     )
     check_settings(settings)
     check_request(request)
+    check_labels(request, settings)
     return Result(compress_job(open_job(model, data, settings), request))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from .build import mock
 from .cache import Cache
 from .calibrate import calibrate, moment_parts
 from .coupling import Coupling, Terms, ValuePrice, couple
+from .curvature import output_metrics
 from .divergence import Kind
 from .fit import pack
 from .job import Job
@@ -50,7 +51,14 @@ _TIMING_S = 0.04
 """Seconds spent on timing one form against the original operator."""
 
 
-def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silent) -> Menu:
+Linear = Mapping[str, Mapping[Form, float]]
+"""Linear terms by site and form."""
+
+Joint = Callable[[Mapping[str, Finding]], tuple[Mapping[str, Finding], Linear]]
+"""What labels say of findings: the findings, truncations perhaps changed, and linear terms."""
+
+
+def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silent, joint: Joint | None = None) -> Menu:
     """Price every form of every site.
 
     Args:
@@ -58,17 +66,21 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         cache: of latencies, and of what was found out about each site.
         latency: whether forms are timed; without, only those that no other form beats in size and divergence are.
         progress: shows how far the analysis is.
+        joint: what labels say of the findings, where they take part.
     """
     sizes = job.sizes()
     allowed = _allowed(job, latency)
     channels = channels_of(job) if PRUNED in allowed.decompositions else Channels()
     known = Findings(job, allowed, cache)
-    findings = _find(job, allowed, channels, known, progress)
+    findings: Mapping[str, Finding] = _find(job, allowed, channels, known, progress)
+    linear: Linear = {}
+    if joint is not None:
+        findings, linear = joint(findings)
     with job.clock.phase("price"):
         timer, base_s = _timer(job, cache, latency)
         narrow = latency and timer is not None
         activations = measure_activations(job, findings, known) if narrow else Activations()
-        rows = {site.name: _priced(site, findings[site.name], sizes) for site in job.sites}
+        rows = {site.name: _priced(site, findings[site.name], sizes, linear.get(site.name, {})) for site in job.sites}
         if timer is not None and narrow:
             _calibrate_integers(job, rows, activations, timer)
         coupling = _coupling(activations, sizes, timer)
@@ -105,12 +117,14 @@ def _find(job: Job, allowed: Allowed, channels: Channels, known: Findings, progr
         return found
     probe = job.probe()
     orders = channel_orders(job) if channels.groups else {}
+    metrics = output_metrics(job)
 
     def look(measured: tuple[Site, Moment]) -> tuple[Site, Moment, tuple[Proposal, ...]]:
         site, moment = measured[0], measured[1].shrunk()
         with job.clock.phase("propose"):
             value = site.value(job.model)
             pruned = pruned_forms(channels, site, value, moment, orders)
+            moment = metrics.weigh(site.name, moment)
             return site, moment, propose(site, value, moment, allowed, pruned)[0]
 
     looked = in_parallel(look, measured_sites(job, wanted), workers(wanted))
@@ -202,18 +216,19 @@ def _nearest(proposals: Sequence[Proposal], errors: Sequence[float]) -> list[Pro
     return list({proposal.form: proposal for proposal in nearest}.values())
 
 
-def _priced(site: Site, finding: Finding, sizes: SizePricer) -> list[Candidate]:
-    """Sizes and divergences of the forms that no other form of the same operators beats in both."""
+def _priced(site: Site, finding: Finding, sizes: SizePricer, linear: Mapping[Form, float]) -> list[Candidate]:
+    """Sizes, divergences and linear terms of the forms that no other form of the same operators beats in both."""
     rows, curves = [], finding.curves
-    for proposal in _worthwhile(site, finding):
+    for proposal in _worthwhile(site, finding, linear):
         size = sizes.price(site, proposal.form)
         divergence = _divergence(curves, proposal)
-        rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, proposal.truncation + proposal.rounding, size.shared))
+        error, term = proposal.truncation + proposal.rounding, linear.get(proposal.form, 0.0)
+        rows.append(Candidate(proposal.form, size.size_bytes, 0.0, divergence, error, size.shared, linear=term))
     return [row for row in rows if np.isfinite(row.divergence)]
 
 
-def _worthwhile(site: Site, finding: Finding) -> Iterator[Proposal]:
-    """Of the forms that run alike, those on the frontier of payload bytes and divergence."""
+def _worthwhile(site: Site, finding: Finding, linear: Mapping[Form, float]) -> Iterator[Proposal]:
+    """Of the forms that run alike, those on the frontier of payload bytes and divergence, linear terms included."""
     curves = finding.curves
     alike: dict[object, list[tuple[int, float, Proposal]]] = {}
     for proposal in finding.proposals:
@@ -222,7 +237,7 @@ def _worthwhile(site: Site, finding: Finding) -> Iterator[Proposal]:
             yield proposal
             continue
         payload = sum(array.nbytes for packed in ghosts(site, form) for array in packed)
-        divergence = _divergence(curves, proposal)
+        divergence = _divergence(curves, proposal) + linear.get(form, 0.0)
         runs = (form.decomposition, form.ranks) if form.execution == "contract" else ()
         native = form.storage if form.arithmetic in ("nbits", "rows") else ""
         alike.setdefault((form.arithmetic, form.execution, runs, native), []).append((payload, divergence, proposal))
@@ -290,13 +305,18 @@ def _offered(
             continue
         if form.arithmetic != "float" and (not latency or (ARITHMETICS[form.arithmetic].coupled and site.name not in activations.units)):
             continue
-        beaten = any(other.size_bytes <= row.size_bytes and other.divergence <= row.divergence for other in dense)
+        beaten = any(other.size_bytes <= row.size_bytes and _harm(other) <= _harm(row) for other in dense)
         if not latency and beaten:
             continue
         change_s = timer.change(site, form)
         if latency or change_s <= SLOWER * timer.reference(site):
             kept.append(replace(row, latency_s=change_s))
     return tuple(kept)
+
+
+def _harm(candidate: Candidate) -> float:
+    """Divergence, or where labels take part what it and the linear term say of the loss."""
+    return candidate.divergence + candidate.linear
 
 
 def _agreeing(site: Site, channels: Channels, rows: Sequence[Candidate]) -> tuple[Candidate, ...]:

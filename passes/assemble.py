@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from .channels import Cut, cut_between
+from .cuts import Cut, cut_between
 from .integer import place, quantized_values
 from .model import Model
 from .ranges import Range
@@ -34,6 +35,7 @@ def assemble(
     carried: Sequence[Carrier],
     ranges: Ranges,
     cuts: Sequence[Cut] = (),
+    constants: Mapping[str, NDArray[np.float32]] | None = None,
 ) -> Model:
     """A copy of the model with the given fragments in it, and with the given operators in integers.
 
@@ -44,12 +46,32 @@ def assemble(
         carried: operators without weights that run in integers.
         ranges: of the activations that are quantized.
         cuts: the channel groups that fragments of pruned sites have cut.
+        constants: new contents of initializers of the main graph, by name, in the shapes that they have once channels are cut.
     """
-    rewritten = rewrite(model, fragments, sites)
-    if cuts:
-        rewritten = cut_between(rewritten, cuts)
-    operators = [name for fragment in fragments.values() for name in fragment.coupled]
-    operators += [carrier.node.output[0] for carrier in carried]
+    rewritten = joined(model, fragments, sites, cuts, constants or {})
+    operators = coupled_operators(fragments, carried)
     if not operators:
         return rewritten
     return place(rewritten, operators, ranges(rewritten, operators, quantized_values(rewritten, operators)))
+
+
+def joined(
+    model: Model,
+    fragments: Mapping[str, Fragment],
+    sites: Sequence[Site],
+    cuts: Sequence[Cut],
+    constants: Mapping[str, NDArray[np.float32]],
+) -> Model:
+    """What `assemble` makes before activations are quantized; arguments as there."""
+    rewritten = rewrite(model, fragments, sites)
+    if cuts:
+        rewritten = cut_between(rewritten, cuts)
+    for tensor in rewritten.proto.graph.initializer if constants else ():  # `rewrite` has made a copy
+        if tensor.name in constants:
+            tensor.CopyFrom(model.weights.spool(tensor.name, constants[tensor.name]))
+    return rewritten
+
+
+def coupled_operators(fragments: Mapping[str, Fragment], carried: Sequence[Carrier]) -> list[str]:
+    """First outputs of the operators that run in integers; arguments as for `assemble`."""
+    return [name for fragment in fragments.values() for name in fragment.coupled] + [carrier.node.output[0] for carrier in carried]

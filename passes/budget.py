@@ -23,12 +23,16 @@ class Request:
         latency: of one run.
         error: divergence of the outputs.
         minimize: what to minimise; None for the error if a size or latency is given, else the size.
+        preset: "lossless" or "compact": choose by the labelled loss, see `passes.presets`; None to choose by the divergence.
+        drop: points that the metric may fall by, which stands for "compact".
     """
 
     size: float | str | None = None
     latency: float | str | None = None
     error: float | str | None = None
     minimize: Quantity | None = None
+    preset: str | None = None
+    drop: float | str | None = None
 
 
 def resolve(request: Request, reference_bytes: int, base: Cost) -> Budget:

@@ -148,13 +148,14 @@ def _compare(kind: Kind, reference: NDArray[np.generic], candidate: NDArray[np.g
             raise InputError("the reference's output holds no finite value on this data; check the model and the data's scale")
         a, b = a[finite], b[finite]
         return (float(((a - b) ** 2).sum()), float((a**2).sum())) if np.isfinite(b).all() else (np.inf, 1.0)
-    a, b = _log_probabilities(kind, reference), _log_probabilities(kind, candidate)
+    a, b = log_probabilities(kind, reference), log_probabilities(kind, candidate)
     count, possible = float(len(a)), np.isfinite(a)  # a class ruled out by the reference, with a score of −∞, weighs nothing
     a, b = a[possible], b[possible]
     return (float((np.exp(a) * (a - b)).sum()), count) if np.isfinite(b).all() else (np.inf, 1.0)
 
 
-def _log_probabilities(kind: Kind, scores: NDArray[np.generic]) -> NDArray[np.float64]:
+def log_probabilities(kind: Kind, scores: NDArray[np.generic]) -> NDArray[np.float64]:
+    """Log-probabilities of class scores, (rows, classes)."""
     values = _classes(scores)
     if kind == Kind.PROBABILITIES:
         return np.asarray(np.log(np.maximum(values, _TINY)))

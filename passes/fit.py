@@ -108,7 +108,7 @@ def _store_factors(
         known = [np.asarray(array, np.float64) for array in decoded]
         last = number == len(leading)
         factor = refit_last(decomposition, weight, moment, site.use, form.ranks, known) if last else leading[number]
-        view, metric = factor_input(decomposition, site.use, form.ranks, known, moment)
+        view, metric = factor_input(decomposition, site.use, form.ranks, known, moment.with_outputs(None))
         problem = Problem(factor.astype(spec.dtype), axis, view, metric, _spread(view, metric))
         packs.append(encode(STORAGES[name], problem, roundings[last]))
         decoded.append(STORAGES[name].decode(packs[-1], spec))
@@ -126,7 +126,8 @@ def _store_corrected(
         (spec, axis), storage = specs[number], STORAGES[array_storages(form, len(specs))[number]]
 
         def write(matrix: NDArray[np.float64], metric: Moment) -> tuple[Packed, NDArray[np.float64]]:
-            problem = Problem(view.stored(matrix).astype(spec.dtype), axis, view, metric, _spread(view, metric))
+            own = metric if number == 0 else metric.with_outputs(None)  # the outputs of factors are no outputs of the layer
+            problem = Problem(view.stored(matrix).astype(spec.dtype), axis, view, own, _spread(view, own))
             packed = encode(storage, problem, rounding, parts if metric is moment else None)
             return packed, view.matrix(storage.decode(packed, spec))
 
@@ -168,7 +169,7 @@ def form_error(
     """Relative output error of a form as it would be stored, on every k-th output of a large weight; arguments as for `store`."""
     approximation = rebuilt(site, form, store(site, form, value, weight, moment, factors, rounding)[1])
     step = -(-site.elements // _ERROR_ENTRIES)
-    return relative_error(weight[:, ::step], approximation[:, ::step], moment)
+    return relative_error(weight[:, ::step], approximation[:, ::step], moment.of_outputs(slice(None, None, step)))
 
 
 def compensation_gain(site: Site, weight: NDArray[np.float64], moment: Moment) -> float:
@@ -200,20 +201,26 @@ class _AnchorReading:
 
 
 def importance(site: Site, moment: Moment) -> NDArray[np.float64]:
-    """diag(A) at every entry of the anchor: how much a squared error there costs; broadcastable where no chain turns the weight."""
-    if site.order is None:
-        return _spread(site.use.view, moment)
-    view = site.use.view
-    return site.stored_float64(np.broadcast_to(_diagonal(moment)[:, None, :], (view.groups, view.m, view.n)))
+    """diag(A), times diag(G) if outputs have a metric, at every entry of the anchor: how much a squared error there costs.
+
+    Broadcastable where all outputs count alike and no chain turns the weight.
+    """
+    return _spread(site.use.view, moment) if site.order is None else site.stored_float64(_costs(site.use.view, moment))
 
 
 def _spread(view: MatrixView, moment: Moment) -> NDArray[np.float64]:
-    """diag(A) at every entry of a stored array of one view, broadcastable where that has one group."""
+    """The same at every entry of a stored array of one view, broadcastable where that has one group and outputs count alike."""
+    if view.groups > 1 or moment.outputs is not None:
+        return view.stored(_costs(view, moment))
     diagonal = _diagonal(moment)
-    if view.groups > 1:
-        return view.stored(np.broadcast_to(diagonal[:, None, :], (view.groups, view.m, view.n)))
     trailing = view.shape[1:] if int(np.prod(view.shape[1:])) == view.n else (*(1,) * (len(view.shape) - 2), view.n)
     return np.reshape(diagonal, (1, *trailing) if view.outputs_first else (view.n, *(1,) * (len(view.shape) - 1)))
+
+
+def _costs(view: MatrixView, moment: Moment) -> NDArray[np.float64]:
+    """diag(A), times diag(G) if outputs have a metric, at every entry of a view's matrices: (groups, m, n)."""
+    costs = np.broadcast_to(_diagonal(moment)[:, None, :], (view.groups, view.m, view.n))
+    return costs if moment.outputs is None else costs * moment.outputs.diag[:, :, None]
 
 
 def _diagonal(moment: Moment) -> NDArray[np.float64]:

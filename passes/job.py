@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from numpy.typing import NDArray
 
 from intaglio.solver import Budget
 
@@ -42,6 +43,7 @@ class Settings:
         runtime: how latency is measured and promised.
         labels: array of the data that holds labels.
         metric: name of the metric that labels are scored by.
+        loss: what labels say to improve: "cross-entropy", "mse", or the name of an output; only presets look at it.
         kind: what the first output holds ("auto" reads it off the graph).
         include: regular expressions; only sites that match one are touched.
         exclude: regular expressions; sites that match one are left alone.
@@ -50,6 +52,11 @@ class Settings:
         arithmetics: names of the arithmetics that layers may compute in; empty for all of the target.
         expand: whether stored weights may be expanded when the model is loaded.
         ranges: how the ranges of quantized activations are calibrated: "auto", or a method of `passes.ranges`.
+        curvature: what weight errors are measured by: "input" (the second moment of a layer's input) or "both" (also that of the gradient
+            at its output, see `passes.curvature`).
+        tune: steps of tuning against the original's outputs, or "auto"; None for none.
+        augment: random changes of the images that are tuned on; see `passes.augment`.
+        tune_labels: weight of the cross-entropy to labels while tuning.
         samples: most samples used; None for all.
         seed: of every random choice.
         cache: folder of the cache; None for none.
@@ -72,6 +79,11 @@ class Settings:
     arithmetics: tuple[str, ...] = ()
     expand: bool = True
     ranges: str = "auto"
+    curvature: str = "input"
+    loss: str = "cross-entropy"
+    tune: str | int | None = None
+    augment: tuple[str, ...] = ()
+    tune_labels: float = 0.0
 
     def allowed(self) -> Allowed:
         """The forms that the user and the target admit.
@@ -117,6 +129,8 @@ class Job:
         settings: the settings.
         calibration: how models are run while statistics are gathered.
         equalized: whether channels of `model` are rescaled for integers.
+        slopes: by site name, first-order terms of the labelled loss by which low ranks choose what they keep: (groups, m, n) as in
+            `ops.moment.Moment.slope`.
     """
 
     original: Model
@@ -134,6 +148,7 @@ class Job:
     calibration: Runtime
     clock: Clock
     equalized: bool = False
+    slopes: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     @property
     def external(self) -> bool:

@@ -17,7 +17,7 @@ from intaglio.solver import Budget
 
 from .analyse import analyse
 from .budget import Request, resolve
-from .build import build, mock
+from .build import Fitted, finish, fit_forms, mock
 from .cache import Cache
 from .errors import InfeasibleError, InputError, VerificationError
 from .job import Job, Settings
@@ -31,6 +31,9 @@ from .prepare import equalized
 from .price import SizePricer
 from .save import save
 from .session import open_session
+from .task import TaskOutcome
+from .tune import TuneResult
+from .tuning import asked_steps, tuned
 from .verify import Comparison, compare
 
 RESOLVES = 4
@@ -47,6 +50,9 @@ _CLOSE = 0.93
 
 _LEAST_DRAG = 0.8
 """Built models are taken to be this much faster than the mocks that plans are timed on, at most."""
+
+_TUNINGS = 3
+"""Most rounds of choosing and tuning for an error budget: what tuning gains is known only afterwards."""
 
 _PAIRS = 25
 """Pairs of runs of one comparison of two models."""
@@ -70,6 +76,8 @@ class Outcome:
         latency: end to end, against the original; None where the model is too large to hold twice.
         loading: what it takes to load the original and the result; None where latency is.
         meets: whether every budget holds.
+        task: what labels say, where a preset asked for it.
+        tuning: what tuning reached, where it was asked for.
     """
 
     job: Job
@@ -82,6 +90,8 @@ class Outcome:
     latency: PairedLatency | None
     loading: tuple[Loading, Loading] | None
     meets: bool
+    task: TaskOutcome | None = None
+    tuning: TuneResult | None = None
 
 
 def compress_job(job: Job, request: Request, *, progress: Progress = silent) -> Outcome:
@@ -108,7 +118,30 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
     """The part of `compress_job` that depends on the budget."""
     budget = resolve(request, job.original.size_bytes, menu.base)
     sizes = job.sizes()
-    timed = job.times(budget)
+    best: _Attempt | None = None
+    tuning: TuneResult | None = None
+    relief = 1.0  # how many times less an attempt diverges once it is tuned
+    for _ in range(_TUNINGS):
+        attempt = _searched(job, menu, _relieved(budget, relief), sizes, progress)
+        better, result = _taught(job, attempt, progress)
+        if best is None or better.better_than(best, budget):
+            best, tuning = better, result
+        gain = attempt.measured / better.measured if better.measured > 0 else 1.0
+        settled = abs(gain / relief - 1) < 1 - LOOSE
+        if result is None or result.interrupted or budget.divergence is None or budget.minimize == "error" or settled:
+            break
+        relief = gain
+    assert best is not None  # the first round ends in an attempt or in an InfeasibleError
+    outcome = verified(job, best.plan, budget, best.model, best.measured, sizes.total(best.plan.forms), timed=job.times(budget))
+    return replace(outcome, tuning=tuning)
+
+
+def _searched(job: Job, menu: Menu, budget: Budget, sizes: SizePricer, progress: Progress) -> _Attempt:
+    """The best of a few rounds of solving, fitting and measuring.
+
+    Raises:
+        InfeasibleError: no plan meets the budget.
+    """
     correction = Correction()
     best: _Attempt | None = None
     drag = 1.0  # how much slower built models are than the mocks that plans are timed on
@@ -119,11 +152,11 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
             if best is None or not best.keeps(budget):
                 raise
             break
-        model = build(job, plan.forms, progress=progress)
-        with job.clock.phase("verify"):
-            measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
-            excess = _excess_latency(job, menu, budget, model)
-        attempt = _Attempt(plan, model, measured, excess <= 1)
+        fitted = fit_forms(job, plan.forms, keep=asked_steps(job.settings.tune) is not None, progress=progress)
+        model = finish(job, plan.forms, fitted)
+        measured = _divergence(job, model)
+        excess = _excess_latency(job, menu, budget, model)
+        attempt = _Attempt(plan, fitted, model, measured, excess <= 1)
         if best is None or attempt.better_than(best, budget):
             best = attempt
         if excess > 1:
@@ -141,7 +174,30 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
         ):
             break
     assert best is not None  # the first round ends in an attempt or in an InfeasibleError
-    return verified(job, best.plan, budget, best.model, best.measured, sizes.total(best.plan.forms), timed=timed)
+    return best
+
+
+def _relieved(budget: Budget, relief: float) -> Budget:
+    """The budget with the error that a model may have before it is tuned."""
+    return budget if budget.divergence is None else replace(budget, divergence=budget.divergence * relief)
+
+
+def _taught(job: Job, attempt: _Attempt, progress: Progress) -> tuple[_Attempt, TuneResult | None]:
+    """The attempt, tuned if the settings ask for it and if the written model is better for it on the choose split."""
+    result = tuned(job, attempt.plan.forms, attempt.fitted, progress=progress)
+    if result is None or not result.improved:
+        return attempt, result
+    model = finish(job, attempt.plan.forms, result.fitted)
+    measured = _divergence(job, model)
+    if measured >= attempt.measured:
+        return attempt, replace(result, improved=False)
+    return replace(attempt, fitted=result.fitted, model=model, measured=measured), result
+
+
+def _divergence(job: Job, model: Model) -> float:
+    """On the choose split."""
+    with job.clock.phase("verify"):
+        return compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,6 +205,7 @@ class _Attempt:
     """One round: a plan, the model it made, its divergence on the choose split, and whether it is fast enough."""
 
     plan: Plan
+    fitted: Fitted
     model: Model
     measured: float
     in_time: bool
@@ -180,10 +237,11 @@ def _excess_latency(job: Job, menu: Menu, budget: Budget, model: Model) -> float
     if budget.latency_s is None:
         return 0.0
     limit = budget.latency_s / menu.base.latency_s
-    return _latency(job, model, limit).ratio / limit
+    with job.clock.phase("verify"):
+        return _latency(job, model, limit).ratio / limit
 
 
-def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, sizes: SizePricer) -> Plan:
+def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, sizes: SizePricer, *, joint: bool = False) -> Plan:
     """A plan whose exact bytes keep the size budget and whose measured latency keeps the latency budget with little slack.
 
     Neither needs fitted factors: bytes are known from shapes, and latency does not depend on the values of weights.
@@ -198,7 +256,7 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
     for _ in range(3 * RESOLVES):
         with job.clock.phase("solve"):
             try:
-                plan = choose_within(menu, budget, correction)
+                plan = choose_within(menu, budget, correction, joint=joint)
             except InfeasibleError:
                 if best is not None:
                     break
@@ -252,13 +310,13 @@ def _hopeful(job: Job, menu: Menu, budget: Budget, correction: Correction) -> Co
     return replace(correction, latency=correction.latency * (1 - ratio) / (1 - predicted)) if predicted < 1 and ratio < 1 else None
 
 
-def choose_within(menu: Menu, budget: Budget, correction: Correction) -> Plan:
+def choose_within(menu: Menu, budget: Budget, correction: Correction, *, joint: bool = False) -> Plan:
     """Solve for a budget, a little below its latency and divergence.
 
     Raises:
         InfeasibleError: no choice meets it; the message names the nearest feasible values.
     """
-    return choose(menu, budget, correction, usable=SLACK)
+    return choose(menu, budget, correction, usable=SLACK, joint=joint)
 
 
 def _latency(job: Job, model: Model, limit: float | None = None) -> PairedLatency:

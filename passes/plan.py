@@ -17,8 +17,8 @@ from intaglio.solver import Budget, Cost, Option, Problem, Solution, solve
 
 from .errors import InfeasibleError, InputError
 
-VERSION = 2
-"""Of the file format."""
+VERSION = 3
+"""Of the file format; version 2 is read too, it had no linear terms."""
 
 UNITS = ("kl_nats", "relative_mse")
 """Of divergences."""
@@ -37,6 +37,8 @@ class Candidate:
         needs: shared resources that are paid once, however many candidates need them, and not at all if one provides them.
         provides: shared resources that nobody pays when it is chosen.
         requires: shared resources that the candidate chosen for another site has to provide.
+        linear: what the form changes of the labelled loss to first order, over what a unit of divergence adds to it, which for a
+            cross-entropy and nats is 1; 0 where no labels took part.
     """
 
     form: Form
@@ -47,6 +49,7 @@ class Candidate:
     needs: tuple[str, ...] = ()
     provides: tuple[str, ...] = ()
     requires: tuple[str, ...] = ()
+    linear: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,7 @@ class Plan:
         budget: in absolute units.
         solution: the solver's answer; None for a plan that was edited by hand.
         correction: the correction that the answer took into account.
+        joint: whether the change of the labelled loss was minimised in place of the divergence.
     """
 
     menu: Menu
@@ -97,6 +101,7 @@ class Plan:
     budget: Budget
     solution: Solution | None
     correction: Correction
+    joint: bool = False
 
     def candidate(self, site: str) -> Candidate | None:
         """The chosen candidate of a site; None where the form was written in by hand."""
@@ -106,6 +111,16 @@ class Plan:
     def divergence(self) -> float:
         """Predicted divergence of the whole plan, corrected."""
         return self.correction.divergence * (sum(c.divergence for c in self._chosen()) + sum(cost.divergence for cost in self._paid()))
+
+    @property
+    def linear(self) -> float:
+        """Predicted change of the labelled loss to first order, in the divergence's unit."""
+        return sum(c.linear for c in self._chosen())
+
+    @property
+    def loss_change(self) -> float:
+        """Predicted change of the labelled loss: linear terms and divergence, in the divergence's unit."""
+        return self.linear + self.divergence
 
     @property
     def size_bytes(self) -> int:
@@ -130,32 +145,42 @@ class Plan:
         return [self.menu.shared[name] for name in needed if name not in provided]
 
 
-def choose(menu: Menu, budget: Budget, correction: Correction = Correction(), usable: float = 1.0) -> Plan:
+def choose(menu: Menu, budget: Budget, correction: Correction = Correction(), usable: float = 1.0, *, joint: bool = False) -> Plan:
     """Solve for a budget.
+
+    A joint choice minimises the predicted change of the labelled loss, linear terms and divergence, where another minimises the divergence.
+    The solver's divergences are at least 0, so each group's are moved up by what its best option gains. That is the same for every choice;
+    the solution's objective and bound have it taken off again, its gap refers to the sum with it.
 
     Args:
         menu: what to choose from.
         budget: limits and what to minimize; the divergence decides between choices of the same least latency.
         correction: of the menu's predictions.
         usable: share of the latency and divergence budgets that the choice may use.
+        joint: whether the labelled loss counts; a limit on the divergence then has no meaning.
 
     Raises:
         InfeasibleError: no choice meets it; the message names the nearest feasible values.
+        ValueError: a joint choice has a limit on the divergence.
     """
+    if joint and budget.divergence is not None:
+        raise ValueError("a joint choice minimises the loss; limit its divergence by solving without")
     tightened = Budget(
         None if budget.size_bytes is None else budget.size_bytes - correction.spare_bytes,
         None if budget.latency_s is None else budget.latency_s * usable,
         None if budget.divergence is None else budget.divergence * usable,
         budget.minimize,
     )
-    problem = _problem(menu, correction)
+    problem, moved = _problem(menu, correction, joint)
     solution = solve(problem, tightened)
     if solution.cost is None:
         raise InfeasibleError(infeasible_message(menu, budget, solution, correction.spare_bytes, usable))
     if budget.minimize == "latency":
         solution = _gentlest(problem, tightened, solution)
+    if moved > 0 and budget.minimize == "error":
+        solution = replace(solution, objective=solution.objective - moved, bound=solution.bound - moved)
     forms = {name: options[i].form for (name, options), i in zip(menu.candidates.items(), solution.choice, strict=True)}
-    return Plan(menu, forms, budget, solution, correction)
+    return Plan(menu, forms, budget, solution, correction, joint)
 
 
 def _gentlest(problem: Problem, budget: Budget, fastest: Solution) -> Solution:
@@ -166,19 +191,26 @@ def _gentlest(problem: Problem, budget: Budget, fastest: Solution) -> Solution:
     return replace(fastest, choice=gentle.choice, cost=gentle.cost, seconds=fastest.seconds + gentle.seconds)
 
 
-def _problem(menu: Menu, correction: Correction) -> Problem:
-    """The menu as the solver sees it.
+def _problem(menu: Menu, correction: Correction, joint: bool = False) -> tuple[Problem, float]:
+    """The menu as the solver sees it, and by how much all choices look worse than they are.
 
     Raises:
         ValueError: a cost is not finite, or a candidate shares an unknown resource.
     """
     seconds, divergence = correction.latency, correction.divergence
-    groups = tuple(
-        tuple(Option(c.size_bytes, seconds * c.latency_s, divergence * c.divergence, c.needs, c.provides, c.requires) for c in candidates)
-        for candidates in menu.candidates.values()
-    )
+    groups, moved = [], 0.0
+    for candidates in menu.candidates.values():
+        prices = [divergence * c.divergence + (c.linear if joint else 0.0) for c in candidates]
+        gain = max(0.0, -min(prices, default=0.0))
+        moved += gain
+        groups.append(
+            tuple(
+                Option(c.size_bytes, seconds * c.latency_s, price + gain, c.needs, c.provides, c.requires)
+                for c, price in zip(candidates, prices, strict=True)
+            )
+        )
     shared = {name: Cost(cost.size_bytes, seconds * cost.latency_s, divergence * cost.divergence) for name, cost in menu.shared.items()}
-    return Problem(groups, menu.base, shared)
+    return Problem(tuple(groups), menu.base, shared), moved
 
 
 def infeasible_message(menu: Menu, budget: Budget, solution: Solution, spare_bytes: int = 0, usable: float = 1.0) -> str:
@@ -221,6 +253,7 @@ def to_json(plan: Plan) -> str:
             "model_sha256": plan.menu.model_sha256,
             "unit": plan.menu.unit,
             "equalized": plan.menu.equalized,
+            "joint": plan.joint,
             "budget": {
                 "size_bytes": plan.budget.size_bytes,
                 "latency_s": plan.budget.latency_s,
@@ -248,7 +281,7 @@ def to_json(plan: Plan) -> str:
             "sites": {name: _form_json(form) for name, form in plan.forms.items()},
             "candidates": {
                 name: [
-                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, *map(list, _shared_names(c))]
+                    [*_form_json(c.form).values(), c.size_bytes, c.latency_s, c.divergence, c.error, *map(list, _shared_names(c)), c.linear]
                     for c in candidates
                 ]
                 for name, candidates in plan.menu.candidates.items()
@@ -312,7 +345,7 @@ def read_plan(path: Path) -> Plan:
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(f"plan {path}: not JSON ({error}); give a file that `intaglio plan` wrote") from error
     try:
-        if document["intaglio_plan"] != VERSION:
+        if document["intaglio_plan"] not in (VERSION - 1, VERSION):
             raise InputError(f"plan {path}: version {document['intaglio_plan']}, expected {VERSION}; solve again with `intaglio plan`")
         candidates = {
             name: tuple(
@@ -325,6 +358,7 @@ def read_plan(path: Path) -> Plan:
                     tuple(row[9]),
                     tuple(row[10]),
                     tuple(row[11]),
+                    float(row[12]) if len(row) > 12 else 0.0,
                 )
                 for row in rows
             )
@@ -353,7 +387,7 @@ def read_plan(path: Path) -> Plan:
         solution = _solution(document["solver"], menu, forms)
     except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise InputError(f"plan {path}: field {error} is missing or malformed; give a file that `intaglio plan` wrote") from error
-    return Plan(menu, forms, budget, solution, correction)
+    return Plan(menu, forms, budget, solution, correction, bool(document.get("joint", False)))
 
 
 def _solution(solver: Mapping[str, Any] | None, menu: Menu, forms: Mapping[str, Form]) -> Solution | None:

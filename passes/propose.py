@@ -89,7 +89,7 @@ def propose(
     Args:
         site: the site.
         value: its array.
-        moment: second moment of its input.
+        moment: second moment of its input, perhaps with a metric of its outputs, which all errors are measured in then.
         allowed: which forms may be proposed.
         pruned: ranks of pruned forms, each with the relative error of the refitted weight.
 
@@ -165,8 +165,8 @@ def _rounding_errors(
 ) -> dict[str, float]:
     """Relative error of the dense weight in each storage that can hold it; `reasons` takes up why the others cannot.
 
-    Rounding errors of different entries are unrelated, so diag(A) alone prices them; compensated rounding turns them towards directions
-    in which A is weak, which `compensation_gain` measures.
+    Rounding errors of different entries are unrelated, so diag(A) alone prices them, and diag(G) where outputs have a metric; compensated
+    rounding turns them towards directions in which A is weak, which `compensation_gain` measures.
     """
     ((spec, axis),) = array_specs(site, Form("dense"))
     count = spec.shape[axis]
@@ -177,7 +177,7 @@ def _rounding_errors(
     weights = weights if weights.shape[axis] == 1 else np.take(weights, channels, axis)
     energy = moment.energy(weight)
     exact = np.asarray(part, np.float64)
-    whole = Moment(moment.diag, moment.rows).energy(weight) / energy if energy > 0 else 0.0  # of the diagonal, relative to that of A itself
+    whole = moment.separate_energy(weight) / energy if energy > 0 else 0.0  # of the diagonal, relative to that of A itself
     scale = whole / max(float((weights * exact**2).sum()), np.finfo(np.float64).tiny)
     gain = compensation_gain(site, weight, moment)
     errors = {}

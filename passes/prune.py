@@ -1,7 +1,7 @@
 """Pruned forms: which ones a site can take, and that all layers around a group of channels agree on how many stay.
 
 A pruned form says how much of a weight's input axis and of its output axis stays. It is one choice of a site, but the channels between
-two layers belong to both: a *channel group* (`passes.channels`) keeps one number of channels, which its members (producers, consumers and
+two layers belong to both: a *channel group* (`passes.groups`) keeps one number of channels, which its members (producers, consumers and
 depthwise layers) all have to name. The solver sees that as required resources: the group's first member, its *leader*, provides
 ``channels:g:k`` when it leaves k channels, and every other member requires it. Layers that keep everything take part as well, with k the
 size of the group, so a mix never comes out.
@@ -23,8 +23,10 @@ from onnx import helper
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.solver import Cost
 
-from .channels import ChannelGroup, Cut, find_channel_groups
+from .channels import find_channel_groups
+from .cuts import Cut
 from .errors import InputError
+from .groups import ChannelGroup
 from .model import Model
 from .rewrite import channel_axes, declines
 from .sites import Site

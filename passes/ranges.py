@@ -167,7 +167,7 @@ class Histogram:
         return max(float(low), self.low), min(float(high), self.high)
 
     def mse(self) -> tuple[float, float]:
-        """The limits for which `squared_error` is least: both shrunk together, then each by itself."""
+        """The limits for which the squared error of rounding is least: both shrunk together, then each by itself."""
         low, high = min(self.low, 0.0), max(self.high, 0.0)
         best = self._least_error([(low * share, high * share) for share in _SHARES])
         if low < 0 < high:
@@ -176,22 +176,18 @@ class Histogram:
         best = self._least_error([best, *((best[0], min(best[1] * factor, high)) for factor in _NEARBY)])
         return self._least_error([best, *((max(best[0] * factor, low), best[1]) for factor in _NEARBY)])
 
-    def squared_error(self, low: float, high: float) -> float:
-        """Summed squared error of rounding to the range from `low` to `high`, if entries are spread evenly within their bins.
+    def _squared_errors(self, limits: Sequence[tuple[float, float]]) -> Float64:
+        """Summed squared error of rounding to the range between each of several limits, if entries are spread evenly within their bins.
 
         The integral over a bin is taken exactly: within the range, the squared error of the nearest multiple of the step s integrates to
         s³/12 a step; beyond its ends it grows with the distance.
         """
-        return float(self._squared_errors([(low, high)])[0])
-
-    def _squared_errors(self, limits: Sequence[tuple[float, float]]) -> Float64:
-        """`squared_error` of several limits."""
         grids = [Range.spanning(low, high) for low, high in limits]
         columns = np.array([(float(grid.scale), grid.lowest, grid.highest) for grid in grids]).T[:, :, None]
         return np.asarray(np.diff(_error_integral(self.edges, *columns)) @ self.counts / self.width)
 
     def _least_error(self, limits: Sequence[tuple[float, float]]) -> tuple[float, float]:
-        """Those of several limits with the least `squared_error`."""
+        """Those of several limits with the least squared error."""
         return limits[int(np.argmin(self._squared_errors(limits)))]
 
     def entropy(self) -> tuple[float, float]:

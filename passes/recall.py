@@ -44,7 +44,7 @@ class Findings:
         self._key = digest(
             [REVISION, __version__, RUNTIME_VERSION, machine()],
             [job.original.sha256, job.data.digest, [site.name for site in job.sites], [kind.value for kind in job.kinds]],
-            [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration), job.equalized],
+            [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration), job.equalized, job.settings.curvature],
         )
 
     def get(self, site: str) -> Finding | None:

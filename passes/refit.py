@@ -22,9 +22,10 @@ from intaglio.ops.rounding import bias_shift
 
 from .bias import corrected, find_bias
 from .calibrate import calibrate, moment_parts
-from .channels import ChannelGroup, Cut, pruned_weight
-from .fit import store
+from .cuts import Cut, pruned_weight
+from .fit import Arrays, store
 from .graph import ValueIndex
+from .groups import ChannelGroup
 from .job import Job
 from .model import Model
 from .parallel import in_parallel, workers
@@ -149,8 +150,8 @@ def fit_pruned(
     cuts: Mapping[str, Cut],
     taken: frozenset[str],
     index: ValueIndex,
-) -> Fragment:
-    """What a site becomes in a pruned form.
+) -> tuple[Fragment, Arrays]:
+    """What a site becomes in a pruned form, and its packed arrays.
 
     Args:
         model: the original model.
@@ -174,7 +175,7 @@ def fit_pruned(
     part = fragment(site, form, arrays, model.proto, taken)
     bias = find_bias(model, site, index)
     if bias is None or moment.mean is None:
-        return part
+        return part, arrays
     rebuilt = smaller[0].matrix(decoded)
     shift = np.zeros((site.use.view.groups, site.use.view.m))
     if site.use.view.groups > 1:
@@ -182,7 +183,7 @@ def fit_pruned(
     else:
         whole = rebuilt if kept_in is None else spread(rebuilt, block, kept_in, site.use.view.n // block)
         shift[:, rows] = bias_shift(site.matrix(value)[:, rows], whole, moment)
-    return replace(part, changes={bias.name: corrected(model, bias, shift)})
+    return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
 
 
 def _kept(site: Site, channels: Channels, cuts: Mapping[str, Cut]) -> tuple[NDArray[np.int64] | None, int, NDArray[np.int64] | None]:

@@ -34,7 +34,9 @@ from .price import SizePricer
 from .rewrite import channel_axes
 from .save import save
 from .sites import Site, Skip
+from .task import Change, TaskOutcome
 from .timing import LatencyPricer, changes_latency
+from .tune import TuneResult
 from .verify import Comparison
 
 
@@ -137,6 +139,79 @@ class MetricFacts:
 
 
 @dataclass(frozen=True)
+class ChangeFacts:
+    """A mean difference against the original over held-out samples, and its standard error from paired samples."""
+
+    mean: float
+    error: float
+    samples: int
+
+    @staticmethod
+    def of(change: Change) -> ChangeFacts:
+        """Of a measured change."""
+        return ChangeFacts(change.mean, change.error, change.samples)
+
+
+@dataclass(frozen=True)
+class StepFacts:
+    """A plan that a preset tried; `loss` and `metric` were measured on the choose split, the metric's gain is positive where better."""
+
+    size_bytes: int
+    gradients: str
+    predicted_linear: float
+    predicted_quadratic: float
+    loss: ChangeFacts
+    metric: ChangeFacts
+    kept: bool
+
+
+@dataclass(frozen=True)
+class TaskFacts:
+    """What labels say of a model that a preset made.
+
+    Attributes:
+        preset: "lossless" or "compact".
+        loss_name: "cross-entropy", "mse", or the name of an output.
+        drop: points that the metric might fall by; None where that was not limited.
+        predicted_linear: predicted change of the loss to first order.
+        predicted_quadratic: predicted change by the divergence.
+        loss: measured change on the verify split.
+        metric: measured gain there.
+        steps: every plan that was tried.
+        declined: weights without a linear term, with the reason.
+    """
+
+    preset: str
+    loss_name: str
+    drop: float | None
+    predicted_linear: float
+    predicted_quadratic: float
+    loss: ChangeFacts
+    metric: ChangeFacts
+    steps: tuple[StepFacts, ...]
+    declined: tuple[SkipFacts, ...]
+
+    @staticmethod
+    def of(task: TaskOutcome) -> TaskFacts:
+        """Of a preset's outcome."""
+        steps = tuple(
+            StepFacts(s.size_bytes, s.gradients, s.linear, s.quadratic, ChangeFacts.of(s.loss), ChangeFacts.of(s.metric), s.kept)
+            for s in task.steps
+        )
+        return TaskFacts(
+            task.preset,
+            task.loss_name,
+            task.drop,
+            task.linear,
+            task.quadratic,
+            ChangeFacts.of(task.loss),
+            ChangeFacts.of(task.metric),
+            steps,
+            tuple(SkipFacts(name, reason) for name, reason in task.declined.items()),
+        )
+
+
+@dataclass(frozen=True)
 class SolverFacts:
     """The certificate of the choice; see `intaglio.solver.Solution`."""
 
@@ -164,6 +239,7 @@ class SiteFacts:
         reference_bytes: payload before.
         bytes: payload after.
         predicted_divergence: if only this site changed; None for a form that was written in by hand.
+        predicted_linear: change of the labelled loss to first order, in the divergence's unit; None where no labels took part.
         reference_latency_s: of the operator before; None where it was not measured.
         latency_s: of what replaces it.
         reason: why this form.
@@ -180,6 +256,7 @@ class SiteFacts:
     reference_bytes: int
     bytes: int
     predicted_divergence: float | None
+    predicted_linear: float | None
     reference_latency_s: float | None
     latency_s: float | None
     reason: str
@@ -234,6 +311,48 @@ class DataFacts:
 
 
 @dataclass(frozen=True)
+class TuningFacts:
+    """What tuning reached.
+
+    Attributes:
+        improved: whether tuned parameters were kept; otherwise the file holds the untuned ones.
+        steps: made.
+        rate: the highest rate.
+        steps_per_s: training alone.
+        before: divergence of the student on choose samples at the start.
+        after: the same of the best parameters.
+        history: (step, mean loss since the last one, divergence) of every measurement.
+        interrupted: whether the user stopped it.
+        skipped: site name → why its arrays were not tuned.
+    """
+
+    improved: bool
+    steps: int
+    rate: float
+    steps_per_s: float
+    before: float
+    after: float
+    history: tuple[tuple[int, float | None, float], ...]
+    interrupted: bool
+    skipped: Mapping[str, str]
+
+    @staticmethod
+    def of(result: TuneResult) -> TuningFacts:
+        """The facts of a result."""
+        return TuningFacts(
+            result.improved,
+            result.steps,
+            result.rate,
+            result.steps_per_s,
+            result.before,
+            result.after,
+            tuple((point.step, None if math.isnan(point.loss) else point.loss, point.divergence) for point in result.history),
+            result.interrupted,
+            dict(result.skipped),
+        )
+
+
+@dataclass(frozen=True)
 class Report:
     """`report.json`.
 
@@ -248,6 +367,8 @@ class Report:
         divergence: on held-out data.
         agreement: share of held-out samples with the same top class; None where outputs are not class scores.
         metric: None without labels.
+        task: what a preset found; None without one.
+        tuning: None where it was not asked for.
         solver: None for a plan that was edited by hand.
         data: which samples served what.
         statistics: convolutions whose statistics are sampled.
@@ -268,6 +389,8 @@ class Report:
     divergence: DivergenceFacts
     agreement: float | None
     metric: MetricFacts | None
+    task: TaskFacts | None
+    tuning: TuningFacts | None
     solver: SolverFacts | None
     data: DataFacts
     statistics: tuple[SampledFacts, ...]
@@ -336,6 +459,8 @@ def report(outcome: Outcome) -> Report:
         divergence=DivergenceFacts(comparison.unit, None if by_hand else plan.divergence, comparison.divergence, comparison.samples),
         agreement=comparison.agreement,
         metric=MetricFacts.of(comparison),
+        task=None if outcome.task is None else TaskFacts.of(outcome.task),
+        tuning=None if outcome.tuning is None else TuningFacts.of(outcome.tuning),
         solver=None
         if solution is None
         else SolverFacts(solution.status, solution.objective, solution.bound, solution.gap, solution.seconds, solution.candidates),
@@ -398,6 +523,7 @@ def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> Si
         reference_bytes=before,
         bytes=after,
         predicted_divergence=None if candidate is None else plan.correction.divergence * candidate.divergence,
+        predicted_linear=candidate.linear if candidate is not None and plan.joint else None,
         reference_latency_s=reference_s,
         latency_s=latency_s,
         reason=_kept_channels(site, form) + _reason(form, candidate, len(plan.menu.candidates.get(site.name, ())), before, after),

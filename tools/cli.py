@@ -75,6 +75,18 @@ Minimize = Annotated[
         rich_help_panel=_BUDGETS,
     ),
 ]
+Preset = Annotated[
+    str | None,
+    typer.Option(
+        metavar="lossless|compact",
+        help="With --labels: the best held-out loss at --size, or the smallest model whose metric falls by at most --drop.",
+        rich_help_panel=_BUDGETS,
+    ),
+]
+Drop = Annotated[
+    str | None,
+    typer.Option(metavar="0.5", help="Most points that the metric of held-out --labels may fall by.", rich_help_panel=_BUDGETS),
+]
 Target = Annotated[str, typer.Option(metavar="cpu|cuda|mobile|web", help="Runtime that the result is for.", rich_help_panel=_WHAT)]
 Include = Annotated[
     list[str] | None,
@@ -103,12 +115,30 @@ Ranges = Annotated[
     str,
     typer.Option(metavar="METHOD", help="Of quantized activations: auto, minmax, percentile, mse or entropy.", rich_help_panel=_WHAT),
 ]
+Curvature = Annotated[
+    str,
+    typer.Option(metavar="SIDES", help="What weight errors are measured by: input, or both sides of a layer.", rich_help_panel=_WHAT),
+]
+Tune = Annotated[
+    str | None,
+    typer.Option(metavar="STEPS|auto", help="Tune the result against the original's outputs; kept only if it helps.", rich_help_panel=_HOW),
+]
+Augment = Annotated[
+    str | None, typer.Option(metavar="A,B,…", help="Random changes of tuned images: flip, shift, crop, mixup.", rich_help_panel=_HOW)
+]
+TuneLabels = Annotated[
+    float, typer.Option(metavar="W", help="Weight of --labels while tuning, against 1 for the original.", rich_help_panel=_HOW)
+]
 Providers = Annotated[
     str, typer.Option(metavar="A,B,…", help="ONNX Runtime execution providers, in order of preference.", rich_help_panel=_HOW)
 ]
 Threads = Annotated[int, typer.Option(metavar="N", help="Intra-op threads that latency is measured with.", rich_help_panel=_HOW)]
 Labels = Annotated[str | None, typer.Option(metavar="KEY", help="The array of the data that holds labels.", rich_help_panel=_HOW)]
 MetricName = Annotated[str, typer.Option("--metric", metavar="accuracy|mse", help="What labels are scored by.", rich_help_panel=_HOW)]
+Loss = Annotated[
+    str,
+    typer.Option(metavar="NAME", help="What presets improve: cross-entropy, mse, or an output that holds a loss.", rich_help_panel=_HOW),
+]
 OutputKind = Annotated[
     str,
     typer.Option(metavar="auto|logits|probabilities|values", help="What the model's first output holds.", rich_help_panel=_HOW),
@@ -230,6 +260,8 @@ def compress(
     latency: Latency = None,
     error: Error = None,
     minimize: Minimize = None,
+    preset: Preset = None,
+    drop: Drop = None,
     target: Target = "cpu",
     include: Include = None,
     exclude: Exclude = None,
@@ -238,10 +270,15 @@ def compress(
     arithmetics: Arithmetics = None,
     no_expand: NoExpand = False,
     ranges: Ranges = "auto",
+    curvature: Curvature = "input",
+    tune: Tune = None,
+    augment: Augment = None,
+    tune_labels: TuneLabels = 0.0,
     providers: Providers = CPU,
     threads: Threads = 1,
     labels: Labels = None,
     metric: MetricName = "accuracy",
+    loss: Loss = "cross-entropy",
     output_kind: OutputKind = "auto",
     samples: Samples = None,
     seed: Seed = 0,
@@ -256,18 +293,21 @@ def compress(
 
     Example: `intaglio compress model.onnx -o small.onnx --data calib.npz --size 0.25`
     """
+    from intaglio.passes.check import check_labels
     from intaglio.passes.job import open_job
-    from intaglio.passes.pipeline import compress_job
+    from intaglio.passes.presets import compress as compress_job
     from intaglio.passes.report import Result
 
     from .progress import shown
 
-    request = _request(size, latency, error, minimize)
+    request = _request(size, latency, error, minimize, preset, drop)
     settings = _settings(
-        target=target, providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind,
+        target=target, providers=providers, threads=threads, labels=labels, metric=metric, loss=loss, kind=output_kind,
         include=include, exclude=exclude, decompositions=decompositions, storages=storages, arithmetics=arithmetics,
-        no_expand=no_expand, ranges=ranges, samples=samples, seed=seed, cache=cache, no_cache=no_cache, output=output,
+        no_expand=no_expand, ranges=ranges, curvature=curvature, tune=tune, augment=augment, tune_labels=tune_labels, samples=samples,
+        seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
+    check_labels(request, settings)
     _check_outputs(output, report, [model, Path(data)])
     with shown(f"Compressing {model.name}", enabled=not json) as progress:
         result = Result(compress_job(open_job(model, data, settings), request, progress=progress))
@@ -296,6 +336,7 @@ def plan(
     arithmetics: Arithmetics = None,
     no_expand: NoExpand = False,
     ranges: Ranges = "auto",
+    curvature: Curvature = "input",
     providers: Providers = CPU,
     threads: Threads = 1,
     output_kind: OutputKind = "auto",
@@ -320,7 +361,7 @@ def plan(
     settings = _settings(
         target=target, providers=providers, threads=threads, kind=output_kind, include=include, exclude=exclude,
         decompositions=decompositions, storages=storages, arithmetics=arithmetics, no_expand=no_expand, ranges=ranges,
-        samples=samples, seed=seed, cache=cache, no_cache=no_cache,
+        curvature=curvature, samples=samples, seed=seed, cache=cache, no_cache=no_cache,
     )  # fmt: skip
     check_output(output, ".json", [model, *([reuse] if reuse else [])])
     with shown(f"Planning {model.name}", enabled=not json) as progress:
@@ -350,6 +391,7 @@ def apply(
     output: OutModel,
     data: Data,
     ranges: Ranges = "auto",
+    curvature: Curvature = "input",
     providers: Providers = CPU,
     threads: Threads = 1,
     labels: Labels = None,
@@ -374,8 +416,8 @@ def apply(
     from .progress import shown
 
     settings = _settings(
-        ranges=ranges, providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind, samples=samples,
-        seed=seed, cache=cache, no_cache=no_cache, output=output,
+        ranges=ranges, curvature=curvature, providers=providers, threads=threads, labels=labels, metric=metric, kind=output_kind,
+        samples=samples, seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
     _check_outputs(output, report, [model, plan, Path(data)])
     chosen = read_plan(plan)
@@ -446,11 +488,18 @@ def bench(
     _emit(found, render.benchmark(found), json)
 
 
-def _request(size: str | None, latency: str | None, error: str | None, minimize: str | None) -> Request:
+def _request(
+    size: str | None,
+    latency: str | None,
+    error: str | None,
+    minimize: str | None,
+    preset: str | None = None,
+    drop: str | None = None,
+) -> Request:
     from intaglio.passes.budget import Request
     from intaglio.passes.check import check_request
 
-    request = Request(size, latency, error, cast("Quantity | None", minimize))
+    request = Request(size, latency, error, cast("Quantity | None", minimize), preset, drop)
     check_request(request)
     return request
 
@@ -462,6 +511,7 @@ def _settings(
     threads: int = 1,
     labels: str | None = None,
     metric: str = "accuracy",
+    loss: str = "cross-entropy",
     kind: str = "auto",
     include: list[str] | None = None,
     exclude: list[str] | None = None,
@@ -470,6 +520,10 @@ def _settings(
     arithmetics: str | None = None,
     no_expand: bool = False,
     ranges: str = "auto",
+    curvature: str = "input",
+    tune: str | None = None,
+    augment: str | None = None,
+    tune_labels: float = 0.0,
     samples: int | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -486,6 +540,7 @@ def _settings(
         runtime=Runtime(_names(providers), threads),
         labels=labels,
         metric=metric,
+        loss=loss,
         kind=kind,
         include=tuple(include or ()),
         exclude=tuple(exclude or ()),
@@ -494,6 +549,10 @@ def _settings(
         arithmetics=_names(arithmetics),
         expand=not no_expand,
         ranges=ranges,
+        curvature=curvature,
+        tune=tune,
+        augment=_names(augment),
+        tune_labels=tune_labels,
         samples=samples,
         seed=seed,
         cache=None if no_cache else cache or default_folder(),

@@ -10,7 +10,7 @@ from intaglio.ops.form import UNCHANGED, Form
 from intaglio.passes.inspect import Inspection
 from intaglio.passes.judge import Benchmark, Verdict
 from intaglio.passes.plan import Plan
-from intaglio.passes.report import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts
+from intaglio.passes.report import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts
 
 NONE = "–"
 """Stands for a number that was not measured."""
@@ -183,12 +183,29 @@ def _sites(report: Report) -> Table:
 
 
 def _totals(report: Report) -> str:
-    lines = []
+    lines = [] if report.task is None else _task_lines(report.task)
     if report.skipped:
         lines.append(f"{len(report.skipped)} other weights are left alone; `intaglio inspect` says why.")
+    if report.tuning is not None:
+        found = report.tuning
+        outcome = "kept" if found.improved else "not kept: the untuned weights are written"
+        lines.append(f"Tuning: {found.steps} steps, divergence {found.before:.3g} → {found.after:.3g} on choose samples; {outcome}.")
     if report.solver is not None:
         lines.append(f"The choice is {report.solver.status} within {report.solver.gap:.1g} of the best possible.")
     return "\n".join(lines)
+
+
+def _task_lines(task: TaskFacts) -> list[str]:
+    """What a preset predicted and measured."""
+    loss, metric = task.loss, task.metric
+    lines = [
+        f"{task.preset}: {task.loss_name} predicted {task.predicted_linear:+.3g} (first order) {task.predicted_quadratic:+.3g} (divergence), "
+        f"measured {loss.mean:+.3g} ± {loss.error:.2g}; metric {metric.mean:+.3g} ± {metric.error:.2g} on {metric.samples} held-out samples.",
+        f"{sum(step.kept for step in task.steps)} of {len(task.steps)} plans that were tried kept what they had to on the choose split.",
+    ]
+    if task.declined:
+        lines.append(f"{len(task.declined)} weights have no first-order term: {task.declined[0].name}: {task.declined[0].reason}.")
+    return lines
 
 
 def _rank_note(found: Inspection) -> str:

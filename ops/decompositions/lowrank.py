@@ -3,7 +3,7 @@
 The best rank-r approximation in the metric A is the projection of W on the leading eigenvectors of W A Wᵀ: with U_r those
 eigenvectors, Ŵ = U_r U_rᵀ W, and the discarded eigenvalues are exactly the squared error. So one m×m eigenproblem prices
 every rank, without a root or an inverse of A. Where n < m the same is done on the other side, in the coordinates of a
-Cholesky factor of A.
+Cholesky factor of A. Where outputs have a metric G = R·Rᵀ too, all this is done to Rᵀ·W, and the last factor multiplied by R⁻ᵀ.
 
 For a Conv with a kernel larger than one position this is the channel decomposition: the kernel with r outputs, then 1×1.
 """
@@ -11,9 +11,10 @@ For a Conv with a kernel larger than one position this is the channel decomposit
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..emit import Emitter
 from ..families import FAMILIES, Use
@@ -115,13 +116,19 @@ class LowRank(UniformStorage):
 
 
 def spectrum(weight: Float64, moment: Moment) -> Float64:
-    """Squared singular values of W A½ per group, descending: (groups, min(m, n)) float64.
+    """Squared singular values of W A½ (of Rᵀ W A½ where outputs have a metric R Rᵀ) per group: (groups, min(m, n)) float64.
+
+    Descending, or where the moment has a slope in the order in which components are kept.
 
     Args:
         weight: (groups, m, n) float64.
-        moment: the input metric.
+        moment: the metric of inputs, and of outputs where it has one.
     """
+    if moment.slope is not None:
+        found = components(weight, moment)
+        return np.asarray(np.take_along_axis(found.energies, found.order, axis=1))
     m, n = weight.shape[1:]
+    weight = moment.whiten(weight)
     gram = moment.output_gram(weight) if m <= n else _input_gram(weight, _roots(moment))
     return np.asarray(np.clip(np.linalg.eigvalsh(gram)[:, ::-1], 0, None))
 
@@ -133,10 +140,15 @@ def factorize(weight: Float64, moment: Moment, rank: int) -> tuple[Float64, Floa
 
     Args:
         weight: (groups, m, n) float64.
-        moment: the input metric.
+        moment: the metric of inputs, and of outputs where it has one.
         rank: at most min(m, n).
     """
+    if moment.slope is not None:
+        first, last = components(weight, moment).kept(rank)
+        scale = balance(np.linalg.norm(first, axis=2), np.linalg.norm(last, axis=1))
+        return first * scale[:, :, None], last / scale[:, None, :]
     m, n = weight.shape[1:]
+    weight = moment.whiten(weight)
     if m <= n:
         last = _leading(moment.output_gram(weight), rank).copy()
         first = last.transpose(0, 2, 1) @ weight
@@ -149,9 +161,70 @@ def factorize(weight: Float64, moment: Moment, rank: int) -> tuple[Float64, Floa
         else:
             last = weight @ (roots @ right)
             first = np.stack([solve_lower(root, part, transposed=True).T for root, part in zip(roots, right, strict=True)])
+    last = moment.unwhiten(last)
     scale = balance(np.linalg.norm(first, axis=2), np.linalg.norm(last, axis=1))
     last /= scale[:, None, :]
     return first * scale[:, :, None], last
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """W as a sum of min(m, n) parts of rank one, of which a low rank keeps some: each is unrelated to the others in the metric.
+
+    Attributes:
+        lefts: (groups, m, k) float64; part i is lefts[:, :, i] · rights[:, i].
+        rights: (groups, k, n) float64.
+        energies: what the loss of a part adds to the squared error, (groups, k), descending.
+        order: (groups, k), the parts in the order in which they are kept: by energy, or where the moment has a slope by what losing
+            them costs in all, first-order term included.
+    """
+
+    lefts: Float64
+    rights: Float64
+    energies: Float64
+    order: NDArray[np.int64]
+
+    def removal(self, gradient: Float64) -> Float64:
+        """−⟨g, part⟩ for a gradient g (groups, m, n): what leaving out each part changes to first order, (groups, k)."""
+        return np.asarray(-np.einsum("gkn,gnk->gk", self.rights, gradient.transpose(0, 2, 1) @ self.lefts))
+
+    def slope(self, changes: Float64) -> Float64:
+        """A gradient (groups, m, n) with which `removal` gives these changes, (groups, k)."""
+        duals = np.linalg.pinv(self.lefts, rcond=1e-12).transpose(0, 2, 1)
+        squares = np.maximum(np.square(self.rights).sum(2), np.finfo(np.float64).tiny)
+        return np.asarray(-(duals * (changes / squares)[:, None, :]) @ self.rights)
+
+    def kept(self, rank: int) -> tuple[Float64, Float64]:
+        """The first and the last factor of the parts that are kept: (groups, rank, n) and (groups, m, rank)."""
+        chosen = self.order[:, :rank]
+        return np.take_along_axis(self.rights, chosen[:, :, None], axis=1), np.take_along_axis(self.lefts, chosen[:, None, :], axis=2)
+
+
+def components(weight: Float64, moment: Moment) -> Components:
+    """The parts of a weight (groups, m, n) that low ranks are made of."""
+    white = moment.whiten(weight)
+    if weight.shape[1] <= weight.shape[2]:
+        values, vectors = np.linalg.eigh(moment.output_gram(white))
+        lefts = np.ascontiguousarray(vectors[:, :, ::-1])
+        rights = lefts.transpose(0, 2, 1) @ white
+    else:
+        roots = _roots(moment)
+        values, vectors = np.linalg.eigh(_input_gram(white, roots))
+        vectors = vectors[:, :, ::-1]
+        lefts = white @ (roots[:, :, None] * vectors if moment.diagonal else roots @ vectors)
+        rights = np.stack([_unrooted(root, part) for root, part in zip(roots, vectors, strict=True)])
+    energies = np.clip(values[:, ::-1], 0, None)
+    found = Components(moment.unwhiten(lefts), rights, energies, np.tile(np.arange(energies.shape[1]), (len(energies), 1)))
+    total = energies.sum()
+    if moment.slope is None or total <= 0:
+        return found
+    cost = energies / total + found.removal(moment.slope)
+    return replace(found, order=np.argsort(-cost, axis=1, kind="stable"))
+
+
+def _unrooted(root: Float64, vectors: Float64) -> Float64:
+    """(R⁻ᵀ·V)ᵀ for a root R of A, (n, n) or its diagonal (n,), and V (n, k)."""
+    return np.asarray((vectors / root[:, None]).T if root.ndim == 1 else solve_lower(root, vectors, transposed=True).T)
 
 
 def _leading(gram: Float64, rank: int) -> Float64:

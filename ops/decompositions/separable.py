@@ -53,6 +53,7 @@ class Separable(UniformStorage):
         if not ranks or total <= 0:
             return [0.0] * len(ranks)
         metric, (_, c, rows, columns) = metric_of(moment), use.view.shape
+        weight = moment.whiten(weight)
         factor = start(weight[0], metric, c * rows, max(r for (r,) in ranks))
         kept = np.cumsum(np.square(regress(factor, weight[0], metric).explained).sum(axis=1))
         return [max(0.0, 1 - float(kept[r * columns - 1]) / total) for (r,) in ranks]
@@ -69,11 +70,13 @@ class Separable(UniformStorage):
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Alternating least squares from the weighted SVD."""
         metric, (m, c, rows, _) = metric_of(moment.regularized(RIDGE)), use.view.shape
+        weight = moment.whiten(weight)
         factor = start(weight[0], metric, c * rows, ranks[0])
         outputs = regress(factor, weight[0], metric).outputs()
         for _ in range(SWEEPS):
             factor = orthonormal(update_factor(factor, outputs, weight[0], metric))
             outputs = regress(factor, weight[0], metric).outputs()
+        outputs = moment.unwhiten(outputs[None])[0]
         shapes = self.shapes(use, ranks)
         scale = balance(np.linalg.norm(factor, axis=1), np.linalg.norm(outputs.reshape(m, ranks[0], -1), axis=(0, 2)))
         first, last = factor * scale[:, None], outputs.reshape(m, ranks[0], -1) / scale[:, None]

@@ -65,6 +65,7 @@ class Tucker2(UniformStorage):
         if not ranks or total <= 0:
             return [0.0] * len(ranks)
         metric, (_, c, *kernel) = metric_of(moment), use.view.shape
+        weight = moment.whiten(weight)
         factor = start(weight[0], metric, c, max(r1 for r1, _ in ranks))
         explained = regress(factor, weight[0], metric).explained
         kept: dict[int, Float64] = {}
@@ -85,12 +86,13 @@ class Tucker2(UniformStorage):
 
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Alternating least squares: (U, G) in closed form, V by conjugate gradients."""
-        metric = metric_of(moment.regularized(RIDGE))
+        metric, weight = metric_of(moment.regularized(RIDGE)), moment.whiten(weight)
         factor = start(weight[0], metric, use.view.shape[1], ranks[0])
         outputs, core = _reduced(regress(factor, weight[0], metric), ranks[1])
         for _ in range(SWEEPS):
             factor = orthonormal(update_factor(factor, core, outputs.T @ weight[0], metric))
             outputs, core = _reduced(regress(factor, weight[0], metric), ranks[1])
+        outputs = moment.unwhiten(outputs[None])[0]
         scale = balance(np.linalg.norm(core, axis=1), np.linalg.norm(outputs, axis=0))
         shapes = self.shapes(use, ranks)
         return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeGuard
+from typing import ClassVar, Protocol, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +33,11 @@ class Storage(Protocol):
     @property
     def name(self) -> str:
         """The name in plans and reports."""
+        ...
+
+    @property
+    def arithmetics(self) -> tuple[str, ...] | None:
+        """Names of the only arithmetics that read it, because it cannot be expanded to floats; None where any can."""
         ...
 
     def min_opset(self, array: Spec) -> int:
@@ -89,6 +94,12 @@ class Storage(Protocol):
         ...
 
 
+class Expandable:
+    """What storages share whose program yields floats: any arithmetic can read them."""
+
+    arithmetics: ClassVar[tuple[str, ...] | None] = None
+
+
 class ScalarStorage(Storage, Protocol):
     """A storage whose values lie on a uniform grid, so that codes may be chosen by anyone: `encode` is `pack` of the nearest ones."""
 
@@ -112,8 +123,7 @@ def is_scalar(storage: Storage) -> TypeGuard[ScalarStorage]:
 
 def readers(storage: Storage) -> tuple[str, ...] | None:
     """Names of the only arithmetics that read a storage, because it cannot be expanded to floats; None where any can."""
-    named: tuple[str, ...] | None = getattr(storage, "arithmetics", None)
-    return named
+    return storage.arithmetics
 
 
 def refusal(array: Spec) -> str | None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec, byte_attribute, onnx_type
-from .base import IntegerWeight, refusal
+from .base import Expandable, IntegerWeight, refusal
 from .grid import largest_of, single
 from .packing import MODERN_OPSET, Bits
 from .scaling import BFLOAT16, LARGEST, SMALLEST, Channels
@@ -85,7 +85,7 @@ def fit_levels(values: NDArray[np.float32], weights: NDArray[np.float64], count:
 
 
 @dataclass(frozen=True)
-class Codebook:
+class Codebook(Expandable):
     """Indices into levels that the whole array shares, times a scale per channel: its root mean square.
 
     Packed arrays: indices like codes of that width, float16 levels, bfloat16 scales.

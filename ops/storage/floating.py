@@ -8,13 +8,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Spec, onnx_type
-from .base import IntegerWeight
+from .base import Expandable, IntegerWeight
 
 _MAX_HALF = float(np.finfo(np.float16).max)
 
 
 @dataclass(frozen=True)
-class Same:
+class Same(Expandable):
     """The array as it is: exact."""
 
     name: str = "float"
@@ -54,7 +54,7 @@ class Same:
 
 
 @dataclass(frozen=True)
-class Half:
+class Half(Expandable):
     """IEEE half precision behind one `Cast`, which ONNX Runtime folds when it loads the model."""
 
     name: str = "fp16"

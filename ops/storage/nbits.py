@@ -8,7 +8,7 @@ for scales that it first has to compute, as it does where constant folding is of
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import ClassVar, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -38,7 +38,7 @@ class NBits:
     bits: int
     block: int
     shifted: bool = False
-    arithmetics: tuple[str, ...] | None = ("nbits",)
+    arithmetics: ClassVar[tuple[str, ...] | None] = ("nbits",)
 
     @property
     def name(self) -> str:

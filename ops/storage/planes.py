@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec, float_attribute, ints_attribute
-from .base import INTEGER_CODES, IntegerWeight, refusal
+from .base import INTEGER_CODES, Expandable, IntegerWeight, refusal
 from .grid import Grid, largest_of, single
 from .packing import MODERN_OPSET, Bits
 from .scaling import BFLOAT16, LARGEST, SMALLEST, Channels, emit_flat_scale, emit_scaled
@@ -48,14 +48,21 @@ _ROUNDS = 8
 _SLACK = 0.004
 """Bits per entry that may stay empty."""
 
-_MERGE = Program(
-    "PlaneMerge",
-    """(bits, start, end, left, right) => (v) {
+_HEADER = "(bits, start, end, left, right) => (v) {"
+
+_GATHER_RIGHT = """
         axis = Constant <value = int32 {0}> ()
         b = Slice (bits, start, end)
         one = Cast <to = 6> (b)
         ones = CumSum <exclusive = 1> (one, axis)
-        r = Gather (right, ones)
+        r = Gather (right, ones)"""
+"""The bits of a plane, and for each of its codes what the right child yields there."""
+
+_MERGE = Program(
+    "PlaneMerge",
+    _HEADER
+    + _GATHER_RIGHT
+    + """
         n = Not (b)
         zero = Cast <to = 6> (n)
         zeros = CumSum <exclusive = 1> (zero, axis)
@@ -66,19 +73,17 @@ _MERGE = Program(
 
 _MERGE_LEAF = Program(
     "PlaneMergeLeaf",
-    """(bits, start, end, left, right) => (v) {
-        axis = Constant <value = int32 {0}> ()
-        b = Slice (bits, start, end)
-        one = Cast <to = 6> (b)
-        ones = CumSum <exclusive = 1> (one, axis)
-        r = Gather (right, ones)
+    _HEADER
+    + _GATHER_RIGHT
+    + """
         v = Where (b, r, left)
     }""",
 )
 
 _MERGE_LEAVES = Program(
     "PlaneMergeLeaves",
-    """(bits, start, end, left, right) => (v) {
+    _HEADER
+    + """
         b = Slice (bits, start, end)
         v = Where (b, right, left)
     }""",
@@ -235,7 +240,7 @@ _BITS = Bits(1)
 
 
 @dataclass(frozen=True)
-class Planes:
+class Planes(Expandable):
     """Codes of a prefix code in planes, with one step per channel.
 
     The packed arrays are the planes, `capacity` bytes of uint8 with bit i in bit 7 − i // capacity of byte i % capacity; the

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto
 
 from ..emit import Array, Emitter, Program, Spec, ints_attribute, onnx_type
-from .base import IntegerWeight, refusal
+from .base import Expandable, IntegerWeight, refusal
 from .grid import Grid, largest_of
 from .packing import MODERN_OPSET
 from .scaling import BrainFloat, Channels
@@ -52,7 +52,7 @@ _UNPACK_ODD = Program("UnpackOddRows", "<axis, along, length, to> (q, scale) => 
 
 
 @dataclass(frozen=True)
-class RowNibbles:
+class RowNibbles(Expandable):
     """Symmetric four-bit codes with one scale per channel; every byte belongs to one channel.
 
     Attributes:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec, float_attribute
-from .base import INTEGER_CODES, IntegerWeight, refusal
+from .base import INTEGER_CODES, Expandable, IntegerWeight, refusal
 from .grid import Grid, largest_of
 from .packing import MODERN_OPSET, Bits, Bytes, Packing, Trits
 from .scaling import BRAIN_FLOAT, LARGEST, Blocks, Channels, Double, Partition, PowerOfTwo, ScaleFormat, emit_flat_scale, emit_scaled
@@ -33,7 +33,7 @@ _INTEGER_DIFFERENCES = Program(
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Uniform(Expandable):
     """Codes of a fixed width on a grid with one step for each channel or block: the weight is (code − zero) · scale.
 
     Attributes:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec, byte_attribute, onnx_type
-from .base import IntegerWeight, refusal
+from .base import Expandable, IntegerWeight, refusal
 from .codebook import channel_scales, safe_scales
 from .grid import largest_of, single
 from .packing import MODERN_OPSET, Bits
@@ -98,7 +98,7 @@ def _spread_out(vectors: NDArray[np.float32], weights: NDArray[np.float32], coun
 
 
 @dataclass(frozen=True)
-class Vectors:
+class Vectors(Expandable):
     """One index for a run of entries of a channel, times a scale per channel: its root mean square.
 
     Runs lie like the blocks of `Blocks`. Packed arrays: indices of shape (outer, count, inner), or a flat array where two

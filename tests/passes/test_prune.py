@@ -17,7 +17,7 @@ from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.passes import analyse, refit
 from intaglio.passes.build import build, check, mock
 from intaglio.passes.cache import Cache
-from intaglio.passes.channels import find_channel_groups, prune
+from intaglio.passes.channels import find_channel_groups
 from intaglio.passes.errors import InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.latency import MicroBench
@@ -37,6 +37,7 @@ from intaglio.passes.timing import LatencyPricer
 from intaglio.passes.verify import compare
 from intaglio.solver import Budget, Cost
 from tests.models import Array, assert_close, normal, operators, optimized, parse, run
+from tests.passes.pruning import prune
 
 PAD = "pads = [1, 1, 1, 1]"
 RESIDUAL = f"""

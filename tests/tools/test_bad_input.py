@@ -42,6 +42,9 @@ class Bad:
 COMPRESS = "compress model.onnx -o out.onnx --data data.npz --size 0.5"
 
 
+PRESET = COMPRESS.replace(" --size 0.5", "")
+
+
 def truncate() -> None:
     content = Path("model.onnx").read_bytes()
     Path("model.onnx").write_bytes(content[: len(content) // 2])
@@ -229,6 +232,7 @@ ROWS = [
         ("--ranges widest", "expected one of auto, minmax"),
         make_plan(),
     ),
+    Bad("curvature unknown", f"{COMPRESS} --curvature output", ("--curvature output", "expected input or both")),
     Bad("no-expand takes no value", f"{COMPRESS} --no-expand=yes", ("--no-expand", "does not take a value", "intaglio --help")),
     Bad(
         "no-expand leaves nothing",
@@ -247,6 +251,27 @@ ROWS = [
     Bad("ratio above 1", COMPRESS.replace("0.5", "1.5"), ("--size 1.5", "at most 1", "unit")),
     Bad("error no number", COMPRESS.replace("--size 0.5", "--error low"), ("--error low", "positive number")),
     Bad("minimize unknown", f"{COMPRESS} --minimize regret", ("--minimize regret", "size, latency or error")),
+    Bad("preset unknown", f"{COMPRESS} --labels y --preset tiny", ("--preset tiny", "lossless or compact")),
+    Bad("preset without labels", f"{COMPRESS} --preset lossless", ("--preset", "need labels", "--labels")),
+    Bad("drop without labels", f"{PRESET} --drop 1", ("--drop", "need labels", "--labels")),
+    Bad("drop no number", f"{PRESET} --labels y --drop few", ("--drop few", "a number from 0", "for example")),
+    Bad("drop negative", f"{PRESET} --labels y --drop -1", ("--drop -1", "a number from 0", "for example")),
+    Bad("drop with a size", f"{COMPRESS} --labels y --drop 1", ("--preset compact", "leave --size out")),
+    Bad("lossless without a size", f"{PRESET} --labels y --preset lossless", ("--preset lossless", "needs a size", "--size 0.3")),
+    Bad("lossless with a drop", f"{COMPRESS} --labels y --preset lossless --drop 1", ("--drop", "--preset compact", "give --size")),
+    Bad("preset with a latency", f"{PRESET} --labels y --drop 1 --latency 0.5", ("does not go with --latency", "leave them out")),
+    Bad(
+        "preset with a size unreadable",
+        f"{COMPRESS} --labels y --preset lossless".replace("0.5", "half"),
+        ("--size half", "expected a ratio"),
+    ),
+    Bad("loss unknown", f"{PRESET} --labels y --drop 1 --loss regret", ("--loss regret", "cross-entropy, mse", "logits")),
+    Bad(
+        "lossless infeasible",
+        f"{COMPRESS} --labels y --preset lossless".replace("0.5", "0.01"),
+        ("no plan meets size", "nearest"),
+        status=3,
+    ),
     Bad("size infeasible", COMPRESS.replace("0.5", "0.01"), ("no plan meets size", "nearest feasible: --size"), status=3),
     Bad(
         "two budgets infeasible",

@@ -1,0 +1,142 @@
+"""What a student is shown: batches of samples, and what the original model says about them.
+
+Batches are drawn without replacement, epoch by epoch, from samples of equal shapes. They follow from the seed and the number of the step
+alone, so training can be resumed anywhere. The original model is run once per sample and its outputs are kept, unless samples are changed
+at random, its outputs do not fit in memory, or they do not have one row per sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .augment import augmented
+from .data import Dataset
+from .execute import Executor
+from .job import Job
+
+KEPT_BYTES = 1 << 28
+"""Most bytes of outputs of the original model that are kept."""
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Lesson:
+    """One run of the student.
+
+    Attributes:
+        feed: input name → array.
+        answers: value name → what the original model has there.
+        indices: which samples it holds.
+    """
+
+    feed: Arrays
+    answers: Arrays
+    indices: NDArray[np.int64]
+
+
+class Lessons:
+    """An endless course of lessons.
+
+    Attributes:
+        runs: lessons that make up one step: several where the model's batch is fixed and smaller than the one asked for.
+    """
+
+    runs: int
+
+    def __init__(self, job: Job, values: Sequence[str], batch: int, augmentations: Sequence[str] = ()) -> None:
+        """Sort the samples by shape.
+
+        Args:
+            job: its fit samples are shown.
+            values: names of float values of its model that the student is to match.
+            batch: samples per step.
+            augmentations: names of random changes.
+        """
+        self._data, self._seed, self._names, self._augmentations = job.data, job.settings.seed, tuple(values), tuple(augmentations)
+        self._teacher = Executor.of(job.model, self._names, job.calibration)
+        self._size = job.data.per_feed or batch
+        self.runs = max(1, round(batch / self._size))
+        self._groups = _alike(job.data, job.splits.fit, self._size)
+        self._epoch = sum(-(-len(group) // self._size) for group in self._groups)
+        self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        self._kept: dict[int, tuple[NDArray[Any], ...]] | None = None if augmentations else {}
+        self._kept_bytes = 0
+
+    @property
+    def epoch_steps(self) -> float:
+        """Steps until each sample was shown once."""
+        return self._epoch / self.runs
+
+    def at(self, step: int) -> list[Lesson]:
+        """The lessons of a step."""
+        return [self._lesson(step * self.runs + number) for number in range(self.runs)]
+
+    def _lesson(self, number: int) -> Lesson:
+        epoch, place = divmod(number, self._epoch)
+        if self._order[0] != epoch:
+            self._order = epoch, self._shuffled(epoch)
+        indices = self._order[1][place]
+        feed = joined_feed(self._data, indices)
+        if self._augmentations:
+            feed = augmented(feed, self._augmentations, np.random.default_rng((self._seed, 2, number)))
+        return Lesson(feed, self._answers(indices, feed), indices)
+
+    def _shuffled(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The batches of an epoch; what a group lacks to fill its last one is drawn from the group again, if it is large enough."""
+        rng = np.random.default_rng((self._seed, 1, epoch))
+        chunks = []
+        for group in self._groups:
+            order = rng.permutation(group)
+            if len(order) > self._size:
+                order = np.concatenate([order, order[: -len(order) % self._size]])
+            chunks += [order[start : start + self._size] for start in range(0, len(order), self._size)]
+        return [chunks[place] for place in rng.permutation(len(chunks))]
+
+    def _answers(self, indices: NDArray[np.int64], feed: Arrays) -> Arrays:
+        kept = self._kept
+        if kept is None or not all(int(index) in kept for index in indices):
+            found = self._teacher.run_feed(feed)
+            self._keep(indices, found)
+            return dict(zip(self._names, found, strict=True))
+        rows = [kept[int(index)] for index in indices]
+        return {name: np.concatenate([row[number] for row in rows]) for number, name in enumerate(self._names)}
+
+    def _keep(self, indices: NDArray[np.int64], found: Sequence[NDArray[Any]]) -> None:
+        if self._kept is None:
+            return
+        if any(array.ndim == 0 or len(array) != len(indices) for array in found):
+            self._kept = None
+            return
+        for place, index in enumerate(indices):
+            if int(index) in self._kept:
+                continue
+            rows = tuple(array[place : place + 1].copy() for array in found)
+            self._kept_bytes += sum(row.nbytes for row in rows)
+            if self._kept_bytes > KEPT_BYTES:
+                self._kept = None
+                return
+            self._kept[int(index)] = rows
+
+
+def joined_feed(data: Dataset, indices: NDArray[np.int64]) -> Arrays:
+    """One feed of samples of equal shapes."""
+    feed, _ = next(data.feeds(indices, len(indices)))
+    return feed
+
+
+def _alike(data: Dataset, indices: NDArray[np.int64], least: int) -> list[NDArray[np.int64]]:
+    """Samples by shape; groups that cannot fill a feed of a fixed size are left out."""
+    shapes = {}
+    for index in indices:
+        feed = joined_feed(data, np.array([index])) if data.per_feed is None else {}
+        shapes[int(index)] = tuple(array.shape for array in feed.values())
+    order = sorted(shapes, key=lambda index: (shapes[index], index))
+    groups = [np.array(list(group), np.int64) for _, group in groupby(order, key=shapes.__getitem__)]
+    return [group for group in groups if data.per_feed is None or len(group) >= least]

@@ -1,0 +1,76 @@
+"""When and on what a compressed model is tuned: the user's settings, turned into one run of `tune`.
+
+Statistics, prices and fits need a few hundred samples, gradients as many as there are. With `--samples`, the samples that it leaves over
+serve as lessons; those that plans are chosen and judged by never do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from intaglio.ops.form import Form
+
+from .build import Fitted
+from .errors import InputError
+from .job import Job
+from .options import Progress, silent
+from .tune import TuneOptions, TuneResult, tune
+
+AUTO = "auto"
+
+_AUTO_EPOCHS = 12
+_AUTO_STEPS = (300, 3000)
+"""Steps of `--tune auto`: so many passes over the lessons, within bounds; it ends early where nothing gets better."""
+
+_AUTO_PATIENCE = 6
+
+
+def asked_steps(given: str | int | None) -> int | str | None:
+    """The value of `--tune`: a number of steps, "auto", or None for no tuning.
+
+    Raises:
+        InputError: it is neither.
+    """
+    if given is None or given == AUTO:
+        return given
+    try:
+        steps = int(given)
+    except ValueError:
+        steps = -1
+    if steps < 0:
+        raise InputError(f"--tune {given}: expected a number of steps, or {AUTO}")
+    return steps or None
+
+
+def lessons_of(job: Job) -> Job:
+    """The job with the samples that `samples` leaves over dealt to its fit split."""
+    rest = np.setdiff1d(np.arange(len(job.data)), np.concatenate([job.splits.choose, job.splits.verify]))
+    return replace(job, splits=replace(job.splits, fit=rest))
+
+
+def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Progress = silent) -> TuneResult | None:
+    """Tune what was fitted as the settings say; None where they do not ask for it.
+
+    Args:
+        job: the job.
+        forms: of the plan.
+        fitted: from `fit_forms(keep=True)`.
+        progress: shows how far it is.
+
+    Raises:
+        InputError: nothing can be tuned, or a setting is unknown.
+    """
+    steps = asked_steps(job.settings.tune)
+    if steps is None:
+        return None
+    taught = lessons_of(job)
+    options = TuneOptions(augmentations=job.settings.augment, labels=job.settings.tune_labels)
+    if isinstance(steps, str):
+        least, most = _AUTO_STEPS
+        steps = int(np.clip(_AUTO_EPOCHS * len(taught.splits.fit) / options.batch, least, most))
+        options = replace(options, patience=_AUTO_PATIENCE)
+    with job.clock.phase("tune"):
+        return tune(taught, forms, fitted, steps=steps, options=options, progress=progress)

@@ -1,0 +1,142 @@
+"""Latents: at their start they are the stored array, and whatever they become can be written in as many bytes, exactly."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from intaglio.ops.emit import Spec
+from intaglio.ops.storage import STORAGES
+from intaglio.ops.storage.planes import Planes
+from intaglio.passes.latent import Latent, Rounded, latent_of
+from tests.models import Array, normal
+
+SHAPES = ((6, 5, 3, 3), (7, 40), (40, 7), (33,))
+SINGLE = np.dtype(np.float32)
+PLANES = [name for name, storage in STORAGES.items() if isinstance(storage, Planes)]
+
+
+def cases() -> list[tuple[str, tuple[int, ...], int]]:
+    """Every storage, for each shape and end axis that it takes."""
+    return [
+        (name, shape, axis)
+        for name, storage in STORAGES.items()
+        for shape in SHAPES
+        for axis in sorted({0, len(shape) - 1})
+        if storage.accepts(Spec(shape, SINGLE)) is None
+    ]
+
+
+def stored(name: str, shape: tuple[int, ...], axis: int, seed: int = 0) -> tuple[Latent, tuple[Array, ...], Spec]:
+    """A latent, the packed arrays that it was made of, and what they decode to."""
+    array, spec = normal(seed, *shape), Spec(shape, SINGLE)
+    packed = STORAGES[name].encode(array, axis)
+    latent = latent_of(name, packed, spec, axis)
+    assert not isinstance(latent, str), latent
+    return latent, packed, spec
+
+
+def projected(latent: Latent, values: Array) -> Array:
+    out = np.full(latent.shape, np.nan, np.float32)
+    latent.project(values, out)
+    return out
+
+
+@pytest.mark.parametrize(("name", "shape", "axis"), cases())
+def test_the_start_is_the_stored_array_bit_by_bit(name: str, shape: tuple[int, ...], axis: int) -> None:
+    latent, packed, spec = stored(name, shape, axis)
+    expected = STORAGES[name].decode(packed, spec)
+    np.testing.assert_array_equal(projected(latent, latent.start.copy()), expected)
+    np.testing.assert_array_equal(STORAGES[name].decode(latent.pack(latent.start.copy()), spec), expected)
+
+
+@pytest.mark.parametrize(("name", "shape", "axis"), cases())
+def test_what_it_becomes_is_written_exactly_in_as_many_bytes(name: str, shape: tuple[int, ...], axis: int) -> None:
+    latent, packed, spec = stored(name, shape, axis)
+    moved = latent.start + 3 * np.float32(latent.unit()) * normal(1, len(latent.start))
+    value, written = projected(latent, moved), latent.pack(moved)
+    assert [(part.shape, part.dtype) for part in written] == [(part.shape, part.dtype) for part in packed]
+    np.testing.assert_array_equal(STORAGES[name].decode(written, spec), value)
+    assert not np.array_equal(value, STORAGES[name].decode(packed, spec))
+
+
+@pytest.mark.parametrize("name", [name for name, storage in STORAGES.items() if storage.accepts(Spec((6, 20), SINGLE)) is None])
+def test_projecting_what_was_projected_changes_nothing(name: str) -> None:
+    """Values are brought back to the outermost level once, and codes that were shortened fit."""
+    latent, _, _ = stored(name, (6, 20), 0)
+    moved = latent.start + np.float32(latent.unit()) * normal(1, len(latent.start))
+    first = projected(latent, moved)
+    np.testing.assert_array_equal(projected(latent, moved), first)
+
+
+@pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "nbits4-b32-asym"])
+def test_every_entry_goes_to_the_nearest_level(name: str) -> None:
+    latent, _, _ = stored(name, (6, 40), 0)
+    assert isinstance(latent, Rounded)
+    moved = latent.start + np.float32(latent.unit()) * normal(1, len(latent.start))
+    value = projected(latent, moved)  # `moved` now lies within the grid
+    # Half a step, and two roundings of float32 in a value of up to 2^4 steps
+    assert (np.abs(value - moved.reshape(value.shape)) <= latent.grid.scale * (0.5 + 2.0**-18)).all()
+
+
+@pytest.mark.parametrize("name", ["int8", "planes3.0", "kmeans4", "fp16", "float"])
+def test_gradients_pass_rounding_unchanged(name: str) -> None:
+    latent, _, _ = stored(name, (6, 5, 3, 3), 0)
+    gradient, out = normal(2, *latent.shape), np.empty(len(latent.start), np.float32)
+    latent.pull(gradient, out)
+    np.testing.assert_array_equal(out, gradient.reshape(-1))
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("name", ["vq2x8", "vq4x4"])
+def test_the_gradient_of_a_centroid_is_that_of_the_array_along_it(name: str, axis: int) -> None:
+    """The array is linear in the table, so a difference of two tables, both exact in half precision, is the derivative."""
+    latent, _, _ = stored(name, (8, 16), axis)
+    latent.start.flags.writeable = True
+    gradient, out = normal(2, *latent.shape), np.empty(len(latent.start), np.float32)
+    latent.pull(gradient, out)
+    low = latent.start * 0
+    for entry in range(0, len(low), 7):
+        high = low.copy()
+        high[entry] = 0.125  # less than the largest entry of any table of unit channels
+        change = projected(latent, high) - projected(latent, low)
+        np.testing.assert_allclose(out[entry] * 0.125, np.sum(gradient * change), rtol=1e-5, atol=1e-6)  # float32 sums of 128 terms
+
+
+@given(st.sampled_from(PLANES), st.integers(0, 1000), st.floats(0, 4))
+@settings(max_examples=60)
+def test_codes_of_variable_width_never_outgrow_their_bytes(name: str, seed: int, spread: float) -> None:
+    """Values three times as wide need more bits than there are."""
+    latent, packed, spec = stored(name, (8, 30), 0, seed)
+    assert isinstance(latent, Rounded)
+    moved = latent.start + np.float32(spread * latent.unit()) * normal(seed + 1, len(latent.start))
+    written = latent.pack(moved)
+    assert len(written[0]) == len(packed[0])
+    np.testing.assert_array_equal(STORAGES[name].decode(written, spec), projected(latent, moved))
+
+
+def test_the_codes_that_are_shortened_lose_least_for_the_bits_they_save() -> None:
+    """One code that lies all but between two levels goes first, before codes in the middle of their levels."""
+    latent, _, _ = stored("planes3.0", (8, 30), 0)
+    assert isinstance(latent, Rounded)
+    storage, grid = latent.storage, latent.grid
+    assert isinstance(storage, Planes)
+    room = 8 * storage.capacity((8, 30)) - 1
+    codes = np.zeros(240, np.int16)
+    count = 0
+    while storage.code.bits(codes) <= room:  # larger and larger codes until they do not fit
+        codes[count % 240] += 1
+        count += 1
+    values = codes.reshape(8, 30) * grid.scale
+    place = int(np.flatnonzero(codes == codes.max())[3])
+    values[np.unravel_index(place, (8, 30))] -= 0.49 * grid.scale[place // 30, 0]
+    found = latent.codes(values.reshape(-1)).reshape(-1)
+    assert list(np.flatnonzero(found != codes)) == [place]
+
+
+def test_other_types_than_float32_are_left_alone() -> None:
+    spec = Spec((4, 4), np.dtype(np.float16))
+    packed = STORAGES["int8"].encode(normal(0, 4, 4).astype(np.float16), 0)
+    assert latent_of("int8", packed, spec, 0) == "a weight of float16: only float32 is tuned"
