@@ -55,7 +55,7 @@ class Checkpoint:
     def load(self) -> dict[str, NDArray[np.generic]] | None:
         """The last state; None where there is none that can be read."""
         try:
-            with np.load(self.path, allow_pickle=False) as stored:
+            with self.path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
                 return {name: stored[name] for name in stored.files}
         except FileNotFoundError:
             return None

@@ -34,6 +34,10 @@ _LEAST_UNIT = 1e-2
 """The unit of constants that are all but zero, as a share of what values in a network usually are: one."""
 
 
+_HALVINGS = 30
+"""Most times that the way from a level to an aim is halved."""
+
+
 class Latent(Protocol):
     """One array in training. Nothing but the flat values changes."""
 
@@ -287,6 +291,34 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
     if len(packed) == 1 and packed[0].dtype.kind == "f":
         return Plain(array, packed[0].dtype)
     return f"storage {name} cannot be tuned"
+
+
+def within_cells(latent: Latent, aim: Float32) -> Float32:
+    """Values as near to an aim as the array's levels allow: their projection is the array as it was stored.
+
+    An optimizer that starts from the levels themselves moves nothing until, all at once, entries have gone half a step. So entries start
+    where they would be without rounding, or as far that way as their level reaches.
+
+    Args:
+        latent: of entries that go to levels.
+        aim: (n,).
+    """
+    stored, out = latent.start, np.empty(latent.shape, np.float32)
+    values = np.array(aim, np.float32)
+    for _ in range(_HALVINGS):
+        latent.project(values, out)
+        off = out.reshape(-1) != stored
+        if not off.any():
+            return values
+        values[off] = (values[off] + stored[off]) / 2
+    return stored.copy()
+
+
+def scattered(latent: Rounded | Levelled, rng: np.random.Generator) -> Float32:
+    """An aim for an array whose entries before rounding are not known: anywhere within half a step, or half a unit."""
+    step = latent.grid.scale if isinstance(latent, Rounded) else np.float32(latent.unit())
+    away = rng.uniform(-0.5, 0.5, latent.shape).astype(np.float32)
+    return (latent.array + away * step).reshape(-1)
 
 
 def grid_of(storage: ScalarStorage, packed: Packed, spec: Spec, axis: int) -> Grid:

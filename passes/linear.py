@@ -6,7 +6,7 @@ as much counts as
 
 - its folds agree on, form by form, less some doubt for gains (`trusted`): what one half of the samples gains and the other loses is noise;
 - the curvature admits: the quadratic model holds near the given weights, so a form's gain is at most `MOST_GAIN` times what its divergence
-  costs. A form is never cheaper than leaving the weight alone by more than that small share.
+  costs. So no form looks better than leaving the weight alone, and labels decide between forms that cost alike.
 
 Low ranks keep the components whose loss would cost most in all, not those with most energy, where that raises the prediction at no rank of
 the grid.
@@ -35,8 +35,12 @@ from .recall import Finding
 from .rewrite import array_specs
 from .sites import Site
 
-MOST_GAIN = 1.1
-"""Most that a form may gain to first order, as a multiple of what its divergence costs."""
+MOST_GAIN = 0.5
+"""Most that a form may gain to first order, as a multiple of what its divergence costs.
+
+With 1 or more the forms that change most look best: with 1.1 a CIFAR ResNet at 0.4 of its size took on four times the divergence, and its
+held-out loss rose by as much as without labels.
+"""
 
 DOUBT = 2.0
 """Standard errors by which a form's gain is discounted."""

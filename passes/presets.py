@@ -5,7 +5,7 @@ loss is taken as a linear term plus the divergence, ⟨g, Δ⟩ + ½ Δᵀ H Δ 
 
 - *lossless*: begin with the plan of least divergence. Then, in rounds, take gradients (first at the original's weights, then at those of
   the last plan that was kept), solve again, build, and keep the step only if the loss on the choose split does not rise.
-- *compact*: bisect the size. A size passes if the metric on the choose split, less half its standard error, falls by no more than it may;
+- *compact*: bisect the size; where the joint plan of a size does not pass, the plan of least divergence may. A size passes if the metric on the choose split, less half its standard error, falls by no more than it may;
   where it may not fall at all, the loss must not rise noticeably either.
 
 The linear terms come from the fit split, every decision from the choose split, the verdict from the verify split. With `samples` set, the
@@ -234,9 +234,9 @@ class Search:
 
     def compact(self, goal: Goal) -> Outcome:
         """The smallest model that keeps the metric."""
-        labels = self.labels(self.gradients(None))
+        ways = (("original", self.labels(self.gradients(None))), ("none", self.labels(None)))
         reference = float(self.job.original.size_bytes)
-        smallest = plan_within(self.job, labels.menu, Budget(minimize="size"), Correction(), self.sizes)
+        smallest = plan_within(self.job, ways[1][1].menu, Budget(minimize="size"), Correction(), self.sizes)
         low, high = float(self.sizes.total(smallest.forms)), reference
         best: Attempt | None = None
         steps: list[Step] = []
@@ -245,18 +245,22 @@ class Search:
             if high / low < 1 + _FINEST:
                 break
             size = math.sqrt(low * high)
-            try:
-                found = self.attempt(labels, Budget(size_bytes=size), correction, "original")
-            except InfeasibleError:
+            passed: Attempt | None = None
+            for gradients, labels in ways:
+                try:
+                    found = self.attempt(labels, Budget(size_bytes=size), correction, gradients)
+                except InfeasibleError:
+                    break
+                passes = self.keeps(found, goal.drop)
+                steps.append(self.step(found, kept=passes))
+                correction = corrected(found)
+                if passes:
+                    passed = found
+                    break
+            if passed is None:
                 low = size
-                continue
-            passes = self.keeps(found, goal.drop)
-            steps.append(self.step(found, kept=passes))
-            correction = corrected(found)
-            if passes:
-                best, high = found, float(min(size, self.sizes.total(found.plan.forms)))
             else:
-                low = size
+                best, high = passed, float(min(size, self.sizes.total(passed.plan.forms)))
         if best is None:
             nearest = max((step.metric.mean for step in steps), default=0.0)
             raise InfeasibleError(
@@ -274,7 +278,7 @@ class Search:
     # --- steps
 
     def gradients(self, at: Attempt | None) -> Gradients:
-        """Of the loss, at the original's weights or at those of an attempt; where forms are pruned there are none."""
+        """Of the loss, at the original's weights or at those of an attempt."""
         with self.job.clock.phase("differentiate"):
             if at is None:
                 return measure_gradients(self.job)

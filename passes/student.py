@@ -29,7 +29,7 @@ from .build import Fitted, carried_nodes, chosen_sites, quantization_ranges
 from .graph import MAIN, ValueIndex, all_names
 from .integer import fake_quantized, quantized_values
 from .job import Job
-from .latent import Latent, Plain, latent_of
+from .latent import Latent, Levelled, Plain, Rounded, latent_of, scattered, within_cells
 from .model import Model
 from .rewrite import Fragment, array_specs, array_storages, fragment, spooled
 from .sites import Site
@@ -65,12 +65,14 @@ class Parameter:
     Attributes:
         name: of the input.
         latent: what may change.
+        start: (n,), values from which to move; they stand for the array as it was fitted.
         part: where its values lie in the flat array of all parameters.
         axis: of the scales to which the array is rounded once more when it is run in int8; None where it is not.
     """
 
     name: str
     latent: Latent
+    start: Float32
     part: slice
     axis: int | None = None
 
@@ -118,7 +120,7 @@ class Student:
 
     def start(self) -> Float32:
         """(count,): the flat array that stands for what was fitted."""
-        return np.concatenate([np.zeros(0, np.float32), *(each.latent.start for each in self.parameters.values())])
+        return np.concatenate([np.zeros(0, np.float32), *(each.start for each in self.parameters.values())])
 
     def units(self) -> Float32:
         """(count,): what counts as a large change of each entry."""
@@ -162,7 +164,7 @@ def make_student(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, constan
     names = _tunable(model, opener.parameters) if constants else ()
     for name in names:
         tensor = next(tensor for tensor in model.proto.graph.initializer if tensor.name == name)
-        opener.open(name, Plain(np.array(job.model.weights.read(tensor), np.float32), np.dtype(np.float32)), None)
+        opener.open(name, Plain(np.array(job.model.weights.read(tensor), np.float32), np.dtype(np.float32)))
     opened = _with_inputs(model, opener.parameters)
     return Student(opened, opener.parameters, opener.arrays, names, opener.skipped, fitted, forms, job)
 
@@ -177,6 +179,7 @@ class _Opener:
         self.skipped: dict[str, str] = {}
         self._taken = frozenset(all_names(job.model.proto))
         self._end = 0
+        self._rng = np.random.default_rng((job.settings.seed, 4))
 
     def add(self, site: Site, form: Form, fitted: Fitted) -> Fragment:
         """A form in floats; its arrays are entered as parameters where they can be tuned."""
@@ -199,15 +202,25 @@ class _Opener:
             if isinstance(latent, str):
                 names.append(None)
                 continue
-            self.open(name, latent, rounding_axis(form, storages[number], packed[number], *specs[number]))
+            axis = rounding_axis(form, storages[number], packed[number], *specs[number])
+            self.open(name, latent, axis, self._start(site, form, latent))
             names.append(name)
         self.arrays[site.name] = tuple(names)
         return replace(part, changes=fitted.fragments[site.name].changes)
 
-    def open(self, name: str, latent: Latent, axis: int | None) -> None:
+    def open(self, name: str, latent: Latent, axis: int | None = None, start: Float32 | None = None) -> None:
         """Enter a parameter."""
-        part = slice(self._end, self._end + len(latent.start))
-        self.parameters[name], self._end = Parameter(name, latent, part, axis), part.stop
+        start = latent.start if start is None else start
+        part = slice(self._end, self._end + len(start))
+        self.parameters[name], self._end = Parameter(name, latent, start, part, axis), part.stop
+
+    def _start(self, site: Site, form: Form, latent: Latent) -> Float32:
+        """The weight before it was rounded; of a factor, which is not known any more, something that is rounded to the same."""
+        if not isinstance(latent, (Rounded, Levelled)):
+            return latent.start
+        whole = form.decomposition == "dense"
+        aim = np.asarray(site.value(self.job.model), np.float32).reshape(-1) if whole else scattered(latent, self._rng)
+        return within_cells(latent, aim)
 
 
 def rounding_axis(form: Form, storage: str, packed: Sequence[NDArray[np.generic]], spec: Spec, axis: int) -> int | None:

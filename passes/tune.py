@@ -79,7 +79,7 @@ class TuneOptions:
 
     batch: int = 64
     rate: float | None = None
-    rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
     warmup: float = 0.05
     adam: AdamOptions = field(default_factory=AdamOptions)
     constants: bool = True

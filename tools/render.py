@@ -199,9 +199,10 @@ def _task_lines(task: TaskFacts) -> list[str]:
     """What a preset predicted and measured."""
     loss, metric = task.loss, task.metric
     lines = [
-        f"{task.preset}: {task.loss_name} predicted {task.predicted_linear:+.3g} (first order) {task.predicted_quadratic:+.3g} (divergence), "
-        f"measured {loss.mean:+.3g} ± {loss.error:.2g}; metric {metric.mean:+.3g} ± {metric.error:.2g} on {metric.samples} held-out samples.",
-        f"{sum(step.kept for step in task.steps)} of {len(task.steps)} plans that were tried kept what they had to on the choose split.",
+        f"{task.preset}: {task.loss_name} {loss.mean:+.3g} ± {loss.error:.2g}, predicted {task.predicted_linear:+.3g} to first order "
+        f"and {task.predicted_quadratic:+.3g} by the divergence.",
+        f"Metric {metric.mean:+.3g} ± {metric.error:.2g} on {metric.samples} held-out samples.",
+        f"{sum(step.kept for step in task.steps)} of {len(task.steps)} plans kept what they had to on the choose split.",
     ]
     if task.declined:
         lines.append(f"{len(task.declined)} weights have no first-order term: {task.declined[0].name}: {task.declined[0].reason}.")

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from intaglio.ops.emit import Spec
 from intaglio.ops.storage import STORAGES
 from intaglio.ops.storage.planes import Planes
-from intaglio.passes.latent import Latent, Rounded, latent_of
+from intaglio.passes.latent import Latent, Levelled, Rounded, latent_of, scattered, within_cells
 from tests.models import Array, normal
 
 SHAPES = ((6, 5, 3, 3), (7, 40), (40, 7), (33,))
@@ -106,7 +106,7 @@ def test_the_gradient_of_a_centroid_is_that_of_the_array_along_it(name: str, axi
 
 
 @given(st.sampled_from(PLANES), st.integers(0, 1000), st.floats(0, 4))
-@settings(max_examples=60)
+@settings(max_examples=25)
 def test_codes_of_variable_width_never_outgrow_their_bytes(name: str, seed: int, spread: float) -> None:
     """Values three times as wide need more bits than there are."""
     latent, packed, spec = stored(name, (8, 30), 0, seed)
@@ -140,3 +140,13 @@ def test_other_types_than_float32_are_left_alone() -> None:
     spec = Spec((4, 4), np.dtype(np.float16))
     packed = STORAGES["int8"].encode(normal(0, 4, 4).astype(np.float16), 0)
     assert latent_of("int8", packed, spec, 0) == "a weight of float16: only float32 is tuned"
+
+
+@pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "planes2.0", "kmeans3", "nbits4-b32"])
+def test_a_start_within_the_cells_is_as_stored_and_nearer_to_the_aim(name: str) -> None:
+    latent, packed, spec = stored(name, (6, 40), 0)
+    assert isinstance(latent, (Rounded, Levelled))
+    for aim in (normal(0, 6, 40).reshape(-1), scattered(latent, np.random.default_rng(0))):
+        start = within_cells(latent, aim)
+        np.testing.assert_array_equal(projected(latent, start.copy()), STORAGES[name].decode(packed, spec))
+        assert np.linalg.norm(start - aim) < 0.7 * np.linalg.norm(latent.start - aim)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -296,3 +298,61 @@ def test_a_missing_plan_is_refused(tmp_path: Path) -> None:
         read_plan(tmp_path / "plan.json")
     with pytest.raises(InputError, match="Is a directory"):
         read_plan(tmp_path)
+
+
+# --- labels
+
+
+def labelled(terms: list[float]) -> Menu:
+    """The menu with linear terms, four per weight."""
+    plain = menu()
+    rows = {
+        name: tuple(replace(c, linear=terms[4 * number + index]) for index, c in enumerate(candidates))
+        for number, (name, candidates) in enumerate(plain.candidates.items())
+    }
+    return replace(plain, candidates=rows)
+
+
+@settings(max_examples=50)
+@given(st.lists(st.floats(-0.03, 0.03), min_size=8, max_size=8), st.floats(0.2, 1.0), st.floats(0.5, 2.0))
+def test_a_joint_choice_is_the_best_of_all_by_loss(terms: list[float], size: float, factor: float) -> None:
+    offered, budget = labelled(terms), Budget(size_bytes=size * 13_000)
+    correction = Correction(divergence=factor)
+    plan = choose(offered, budget, correction, joint=True)
+    changes = []
+    for choice in itertools.product(*offered.candidates.values()):
+        names = {name for candidate in choice for name in candidate.needs}
+        total = 13_000 + sum(c.size_bytes for c in choice) + sum(offered.shared[name].size_bytes for name in names)
+        if total <= size * 13_000:
+            changes.append(sum(factor * c.divergence + c.linear for c in choice))
+    assert plan.joint
+    assert plan.solution is not None
+    # The solver stops within a gap of 1e-4 of costs that are moved up by at most 2 · 0.03.
+    assert plan.loss_change == pytest.approx(min(changes), abs=2e-5)
+    assert plan.solution.objective == pytest.approx(plan.loss_change, abs=1e-12)
+    assert plan.solution.bound <= plan.solution.objective + 1e-12
+
+
+def test_without_labels_linear_terms_change_nothing() -> None:
+    budget = Budget(size_bytes=6_000)
+    assert choose(labelled([-0.03] * 8), budget).forms == choose(menu(), budget).forms
+
+
+def test_a_joint_choice_has_no_limit_on_the_divergence() -> None:
+    with pytest.raises(ValueError, match="a joint choice minimises the loss"):
+        choose(menu(), Budget(size_bytes=6_000, divergence=0.01), joint=True)
+
+
+def test_linear_terms_survive_the_file_and_older_files_have_none(tmp_path: Path) -> None:
+    plan = choose(labelled([0.0, -0.001, 0.002, -0.003] * 2), Budget(size_bytes=6_000), joint=True)
+    assert read_plan(saved(plan, tmp_path)) == replace(plan, solution=read_plan(saved(plan, tmp_path)).solution)
+    document = json.loads(to_json(plan))
+    document["intaglio_plan"] = VERSION - 1
+    del document["joint"]
+    document["candidates"] = {name: [row[:12] for row in rows] for name, rows in document["candidates"].items()}
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    old = read_plan(path)
+    assert not old.joint
+    assert old.linear == 0.0
+    assert old.forms == plan.forms

@@ -1,0 +1,72 @@
+"""Lessons: every sample once per epoch, batches that follow from the step alone, and answers that are the original model's."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from intaglio.passes import lessons as module
+from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.lessons import Lessons
+from tests.models import classifier, normal, parse, run
+
+
+@cache
+def job() -> Job:
+    return open_job(classifier()[0], {"x": classifier()[1]["x"]}, Settings())
+
+
+@cache
+def sequences() -> Job:
+    """A mask that cuts samples to different lengths."""
+    text = """g (int64[N, S] input_ids, int64[N, S] attention_mask) => (float[N, S, 16] y) {
+        e = Gather (t, input_ids) m = Cast <to = 1> (attention_mask) u = Unsqueeze (m, axis) h = Mul (e, u) y = MatMul (h, w)
+    }"""
+    proto = parse(text, {"t": normal(1, 30, 16), "w": normal(2, 16, 16), "axis": np.array([2])})
+    rng = np.random.default_rng(0)
+    mask = (np.arange(12) < rng.choice([4, 7, 12], (80, 1))).astype(np.int64)
+    return open_job(proto, {"input_ids": rng.integers(0, 30, (80, 12)), "attention_mask": mask}, Settings())
+
+
+def test_an_epoch_shows_every_sample_in_another_order_each_time() -> None:
+    course = Lessons(job(), ["logits"], 15)
+    steps = int(course.epoch_steps)
+    epochs = [[index for step in range(steps) for index in course.at(epoch * steps + step)[0].indices] for epoch in range(2)]
+    assert [sorted(epoch) for epoch in epochs] == [list(job().splits.fit)] * 2
+    assert epochs[0] != epochs[1]
+
+
+def test_a_step_is_the_same_whatever_was_shown_before() -> None:
+    one, other = (Lessons(job(), ["logits"], 16, ("flip", "shift")) for _ in range(2))
+    for step in (7, 0, 3):
+        one.at(step)
+    (first,), (second,) = one.at(5), other.at(5)
+    np.testing.assert_array_equal(first.indices, second.indices)
+    np.testing.assert_array_equal(first.feed["x"], second.feed["x"])
+    np.testing.assert_array_equal(first.answers["logits"], second.answers["logits"])
+
+
+def test_answers_are_the_original_models_kept_or_not() -> None:
+    """Also of images that were changed at random; rows of another batch agree to float32 sums in another order."""
+    kept, changed = Lessons(job(), ["logits", "rc"], 16), Lessons(job(), ["logits"], 16, ("shift",))
+    for step in (0, 1, 9, 10):  # the second epoch is answered from memory
+        for course in (kept, changed):
+            (lesson,) = course.at(step)
+            (expected,) = run(job().original.proto, lesson.feed)
+            np.testing.assert_allclose(lesson.answers["logits"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_answers_that_do_not_fit_in_memory_are_asked_for_again(monkeypatch) -> None:
+    monkeypatch.setattr(module, "KEPT_BYTES", 100)
+    course = Lessons(job(), ["logits"], 16)
+    np.testing.assert_array_equal(course.at(0)[0].answers["logits"], course.at(0)[0].answers["logits"])
+    assert course._kept is None
+
+
+def test_a_batch_holds_samples_of_one_length_without_their_padding() -> None:
+    course = Lessons(sequences(), ["y"], 8)
+    shown = [course.at(step)[0] for step in range(int(course.epoch_steps))]
+    assert {lesson.feed["input_ids"].shape[1] for lesson in shown} == {4, 7, 12}
+    assert {int(index) for lesson in shown for index in lesson.indices} == set(sequences().splits.fit.tolist())
+    assert all(lesson.answers["y"].shape[:2] == lesson.feed["input_ids"].shape for lesson in shown)
