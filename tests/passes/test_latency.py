@@ -52,7 +52,8 @@ def test_compare_models_gives_a_ratio_and_its_spread(tmp_path):
     assert result.ratio == result.candidate_s / result.reference_s > 4
     assert result.ratio_low <= result.ratio_high
     same = compare_models(matmul(1024), matmul(1024), {"x": np.ones((64, 64), np.float32)}, pairs=31)
-    assert 1 / 3 < same.ratio < 3  # wide: other work on the machine must not fail this
+    assert same.ratio_low < 1.5  # quartiles, and wide: other work on the machine must not fail this
+    assert same.ratio_high > 1 / 1.5
 
 
 def test_compare_models_refuses_a_feed_that_does_not_fit():

@@ -21,7 +21,7 @@ from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.options import silent
 from intaglio.passes.pipeline import Outcome
 from intaglio.passes.plan import Correction, read_plan, to_json
-from intaglio.passes.presets import Attempt, Goal, Search, compress, decoded_model, goal_of, job_with_more_judges
+from intaglio.passes.presets import Attempt, Goal, Search, compress, corrected, decoded_model, goal_of, job_with_more_judges
 from intaglio.passes.report import report
 from intaglio.passes.save import save
 from intaglio.passes.task import Change, Standing, stand
@@ -146,8 +146,8 @@ def test_a_size_passes_by_metric_doubt_and_loss() -> None:
     search = search_with(standing([1.0] * 4, [100.0, 100.0, 100.0, 0.0]))
     assert search.keeps(judged([1.0] * 4, [100.0, 100.0, 100.0, 0.0]), 0.0)  # nothing changed
     assert not search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 0.0)  # one fewer is right
-    assert search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 37.5)  # 25 points, with an error of 25
-    assert not search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 37.0)
+    assert search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 50.0)  # 25 points, with an error of 25
+    assert not search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 49.0)
     assert not search.keeps(judged([1.0] * 4, [100.0, 0.0, 100.0, 100.0]), 0.0)  # one for another: no fall, but an error
     assert not search.keeps(judged([2.0] * 4, [100.0, 100.0, 100.0, 0.0]), 0.0)  # every loss rises
     assert search.keeps(judged([1.005] * 4, [100.0, 100.0, 100.0, 0.0]), 0.0)  # but not noticeably
@@ -198,6 +198,12 @@ def test_without_gradients_the_reason_is_reported(monkeypatch: pytest.MonkeyPatc
     assert outcome.task is not None
     assert outcome.task.declined == declined
     assert outcome.plan.linear == 0.0
+
+
+@pytest.mark.parametrize(("measured", "expected"), [(0.04, 4.0), (0.02, 2.0), (0.001, 1.0), (float("inf"), 2e6)])
+def test_corrections_only_raise_divergences(measured: float, expected: float) -> None:
+    plan = SimpleNamespace(divergence=0.02, correction=Correction(divergence=2.0))
+    assert corrected(cast(Attempt, SimpleNamespace(plan=plan, divergence=measured))).divergence == pytest.approx(expected)
 
 
 # --- goals and splits
