@@ -39,7 +39,8 @@ MOST_GAIN = 0.5
 """Most that a form may gain to first order, as a multiple of what its divergence costs.
 
 With 1 or more the forms that change most look best: with 1.1 a CIFAR ResNet at 0.4 of its size took on four times the divergence, and its
-held-out loss rose by as much as without labels.
+held-out loss rose by as much as without labels (0.008). With a half, at 0.07 to 0.1 of its size in all forms, it rose by 0.0007 to 0.0011,
+without labels by 0.0020 to 0.0052 (896 held-out samples, paired standard errors about 0.001).
 """
 
 DOUBT = 2.0

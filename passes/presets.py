@@ -5,8 +5,8 @@ loss is taken as a linear term plus the divergence, ⟨g, Δ⟩ + ½ Δᵀ H Δ 
 
 - *lossless*: begin with the plan of least divergence. Then, in rounds, take gradients (first at the original's weights, then at those of
   the last plan that was kept), solve again, build, and keep the step only if the loss on the choose split does not rise.
-- *compact*: bisect the size; where the joint plan of a size does not pass, the plan of least divergence may. A size passes if the metric on the choose split, less half its standard error, falls by no more than it may;
-  where it may not fall at all, the loss must not rise noticeably either.
+- *compact*: bisect the size. A size passes if the metric on the choose split, less its standard error, falls by no more than it may; where
+  it may not fall at all, the loss must not rise noticeably either.
 
 The linear terms come from the fit split, every decision from the choose split, the verdict from the verify split. With `samples` set, the
 samples that are left over are no use to statistics but are to judgement: they are dealt to choose and verify.
@@ -56,7 +56,7 @@ ROUNDS = 3
 BISECTIONS = 6
 """Sizes that `compact` tries: enough to find the smallest to within a few percent."""
 
-DOUBT = 0.5
+DOUBT = 1.0
 """Standard errors by which the metric on the choose split has to keep its limit, so that other samples keep it too."""
 
 SIGNIFICANT = 2.0
@@ -234,9 +234,9 @@ class Search:
 
     def compact(self, goal: Goal) -> Outcome:
         """The smallest model that keeps the metric."""
-        ways = (("original", self.labels(self.gradients(None))), ("none", self.labels(None)))
+        labels = self.labels(self.gradients(None))
         reference = float(self.job.original.size_bytes)
-        smallest = plan_within(self.job, ways[1][1].menu, Budget(minimize="size"), Correction(), self.sizes)
+        smallest = plan_within(self.job, labels.menu, Budget(minimize="size"), Correction(), self.sizes)
         low, high = float(self.sizes.total(smallest.forms)), reference
         best: Attempt | None = None
         steps: list[Step] = []
@@ -245,22 +245,18 @@ class Search:
             if high / low < 1 + _FINEST:
                 break
             size = math.sqrt(low * high)
-            passed: Attempt | None = None
-            for gradients, labels in ways:
-                try:
-                    found = self.attempt(labels, Budget(size_bytes=size), correction, gradients)
-                except InfeasibleError:
-                    break
-                passes = self.keeps(found, goal.drop)
-                steps.append(self.step(found, kept=passes))
-                correction = corrected(found)
-                if passes:
-                    passed = found
-                    break
-            if passed is None:
+            try:
+                found = self.attempt(labels, Budget(size_bytes=size), correction, "original")
+            except InfeasibleError:
                 low = size
+                continue
+            passes = self.keeps(found, goal.drop)
+            steps.append(self.step(found, kept=passes))
+            correction = corrected(found)
+            if passes:
+                best, high = found, float(min(size, self.sizes.total(found.plan.forms)))
             else:
-                best, high = passed, float(min(size, self.sizes.total(passed.plan.forms)))
+                low = size
         if best is None:
             nearest = max((step.metric.mean for step in steps), default=0.0)
             raise InfeasibleError(
@@ -347,10 +343,13 @@ class Search:
 
 
 def corrected(found: Attempt) -> Correction:
-    """The correction of divergences that an attempt's measurement asks for, by which they weigh against linear terms."""
+    """The correction of divergences that an attempt's measurement asks for, by which they weigh against linear terms.
+
+    Never below 1: gains are capped by the uncorrected divergence, and would otherwise come to outweigh it.
+    """
     plan = found.plan
     off = min(found.divergence / plan.divergence, FARTHEST_OFF) if plan.divergence > 0 else 1.0
-    return Correction(divergence=plan.correction.divergence * off)
+    return Correction(divergence=max(1.0, plan.correction.divergence * off))
 
 
 # --- linear terms
