@@ -49,7 +49,7 @@ def compress(
     arithmetics: Sequence[str] = (),
     expand: bool = True,
     ranges: str = "auto",
-    curvature: str = "input",
+    curvature: str = "both",
     tune: int | str | None = None,
     augment: Sequence[str] = (),
     tune_labels: float = 0.0,

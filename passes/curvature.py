@@ -335,7 +335,8 @@ def _measure_part(
         executor = Executor.of(replace(model, proto=proto), fetches, runtime)
         for fetched in executor.run(_fed(found, outputs, data, indices, runtime, seed)):
             for site, part in zip(able, fetched, strict=True):
-                sums[site.name] += part.astype(np.float64)
+                with np.errstate(invalid="ignore"):  # what is not finite is found below
+                    sums[site.name] += part.astype(np.float64)
     largest = float(outputs.scales.max(initial=0.0))
     for site in able:
         sums[site.name] *= (largest * _alpha(site.use)) ** 2

@@ -79,7 +79,7 @@ class Settings:
     arithmetics: tuple[str, ...] = ()
     expand: bool = True
     ranges: str = "auto"
-    curvature: str = "input"
+    curvature: str = "both"
     loss: str = "cross-entropy"
     tune: str | int | None = None
     augment: tuple[str, ...] = ()

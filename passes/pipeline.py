@@ -132,7 +132,8 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
             break
         relief = gain
     assert best is not None  # the first round ends in an attempt or in an InfeasibleError
-    outcome = verified(job, best.plan, budget, best.model, best.measured, sizes.total(best.plan.forms), timed=job.times(budget))
+    plan = replace(best.plan, budget=budget)
+    outcome = verified(job, plan, budget, best.model, best.measured, sizes.total(plan.forms), timed=job.times(budget))
     return replace(outcome, tuning=tuning)
 
 
@@ -154,7 +155,7 @@ def _searched(job: Job, menu: Menu, budget: Budget, sizes: SizePricer, progress:
             break
         fitted = fit_forms(job, plan.forms, keep=asked_steps(job.settings.tune) is not None, progress=progress)
         model = finish(job, plan.forms, fitted)
-        measured = _divergence(job, model)
+        measured = _divergence(job, model, budget)
         excess = _excess_latency(job, menu, budget, model)
         attempt = _Attempt(plan, fitted, model, measured, excess <= 1)
         if best is None or attempt.better_than(best, budget):
@@ -188,16 +189,17 @@ def _taught(job: Job, attempt: _Attempt, progress: Progress) -> tuple[_Attempt, 
     if result is None or not result.improved:
         return attempt, result
     model = finish(job, attempt.plan.forms, result.fitted)
-    measured = _divergence(job, model)
+    measured = _divergence(job, model, attempt.plan.budget)
     if measured >= attempt.measured:
         return attempt, replace(result, improved=False)
     return replace(attempt, fitted=result.fitted, model=model, measured=measured), result
 
 
-def _divergence(job: Job, model: Model) -> float:
-    """On the choose split."""
+def _divergence(job: Job, model: Model, budget: Budget) -> float:
+    """On the choose split; for an error budget half a standard error more, taken to be as large as the mean: other samples have to keep it."""
     with job.clock.phase("verify"):
-        return compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
+        measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
+    return measured if budget.divergence is None else measured * (1 + 0.5 * len(job.splits.choose) ** -0.5)
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,8 +5,8 @@ loss is taken as a linear term plus the divergence, ⟨g, Δ⟩ + ½ Δᵀ H Δ 
 
 - *lossless*: begin with the plan of least divergence. Then, in rounds, take gradients (first at the original's weights, then at those of
   the last plan that was kept), solve again, build, and keep the step only if the loss on the choose split does not rise.
-- *compact*: bisect the size. A size passes if the metric on the choose split, less its standard error, falls by no more than it may; where
-  it may not fall at all, the loss must not rise noticeably either.
+- *compact*: bisect the size. A size passes if the metric on the choose split, less two standard errors, falls by no more than it may;
+  where it may not fall at all, the loss must not rise noticeably either.
 
 The linear terms come from the fit split, every decision from the choose split, the verdict from the verify split. With `samples` set, the
 samples that are left over are no use to statistics but are to judgement: they are dealt to choose and verify.
@@ -56,8 +56,11 @@ ROUNDS = 3
 BISECTIONS = 6
 """Sizes that `compact` tries: enough to find the smallest to within a few percent."""
 
-DOUBT = 1.0
-"""Standard errors by which the metric on the choose split has to keep its limit, so that other samples keep it too."""
+DOUBT = 2.0
+"""Standard errors by which the metric on the choose split has to keep its limit, so that other samples keep it too.
+
+Bisection ends where the limit is just kept, so with one standard error every few verdicts fail.
+"""
 
 SIGNIFICANT = 2.0
 """Standard errors by which a loss has to rise to count as risen."""

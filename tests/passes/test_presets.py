@@ -146,8 +146,8 @@ def test_a_size_passes_by_metric_doubt_and_loss() -> None:
     search = search_with(standing([1.0] * 4, [100.0, 100.0, 100.0, 0.0]))
     assert search.keeps(judged([1.0] * 4, [100.0, 100.0, 100.0, 0.0]), 0.0)  # nothing changed
     assert not search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 0.0)  # one fewer is right
-    assert search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 50.0)  # 25 points, with an error of 25
-    assert not search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 49.0)
+    assert search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 75.0)  # 25 points, with an error of 25
+    assert not search.keeps(judged([1.0] * 4, [100.0, 100.0, 0.0, 0.0]), 74.0)
     assert not search.keeps(judged([1.0] * 4, [100.0, 0.0, 100.0, 100.0]), 0.0)  # one for another: no fall, but an error
     assert not search.keeps(judged([2.0] * 4, [100.0, 100.0, 100.0, 0.0]), 0.0)  # every loss rises
     assert search.keeps(judged([1.005] * 4, [100.0, 100.0, 100.0, 0.0]), 0.0)  # but not noticeably
