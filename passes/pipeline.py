@@ -155,9 +155,10 @@ def _searched(job: Job, menu: Menu, budget: Budget, sizes: SizePricer, progress:
             break
         fitted = fit_forms(job, plan.forms, keep=asked_steps(job.settings.tune) is not None, progress=progress)
         model = finish(job, plan.forms, fitted)
-        measured = _divergence(job, model, budget)
+        measured = _divergence(job, model)
+        expected = _doubted(measured, len(job.splits.choose))
         excess = _excess_latency(job, menu, budget, model)
-        attempt = _Attempt(plan, fitted, model, measured, excess <= 1)
+        attempt = _Attempt(plan, fitted, model, measured, expected, excess <= 1)
         if best is None or attempt.better_than(best, budget):
             best = attempt
         if excess > 1:
@@ -166,11 +167,12 @@ def _searched(job: Job, menu: Menu, budget: Budget, sizes: SizePricer, progress:
         if 0 < excess < LOOSE and budget.minimize == "error" and drag > _LEAST_DRAG:
             drag = max(_LEAST_DRAG, drag * excess / SLACK)
             continue
-        off = min(measured / plan.divergence, FARTHEST_OFF) if plan.divergence > 0 else 1.0
+        seen = measured if budget.divergence is None else expected
+        off = min(seen / plan.divergence, FARTHEST_OFF) if plan.divergence > 0 else 1.0
         correction = replace(plan.correction, divergence=plan.correction.divergence * off)
-        if budget.divergence is None or budget.divergence * LOOSE <= measured <= budget.divergence * SLACK:
+        if budget.divergence is None or budget.divergence * LOOSE <= expected <= budget.divergence * SLACK:
             break
-        if measured <= budget.divergence * SLACK and (
+        if expected <= budget.divergence * SLACK and (
             budget.minimize == "error" or choose_within(menu, budget, correction).forms == plan.forms
         ):
             break
@@ -189,32 +191,38 @@ def _taught(job: Job, attempt: _Attempt, progress: Progress) -> tuple[_Attempt, 
     if result is None or not result.improved:
         return attempt, result
     model = finish(job, attempt.plan.forms, result.fitted)
-    measured = _divergence(job, model, attempt.plan.budget)
+    measured = _divergence(job, model)
     if measured >= attempt.measured:
         return attempt, replace(result, improved=False)
-    return replace(attempt, fitted=result.fitted, model=model, measured=measured), result
+    expected = _doubted(measured, len(job.splits.choose))
+    return replace(attempt, fitted=result.fitted, model=model, measured=measured, expected=expected), result
 
 
-def _divergence(job: Job, model: Model, budget: Budget) -> float:
-    """On the choose split; for an error budget half a standard error more, taken to be as large as the mean: other samples have to keep it."""
+def _divergence(job: Job, model: Model) -> float:
+    """On the choose split."""
     with job.clock.phase("verify"):
-        measured = compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
-    return measured if budget.divergence is None else measured * (1 + 0.5 * len(job.splits.choose) ** -0.5)
+        return compare(job.original, model, job.data, job.splits.choose, job.calibration, kind=job.settings.kind).divergence
+
+
+def _doubted(divergence: float, samples: int) -> float:
+    """A mean divergence and half its standard error, if it spreads as wide as it is large: other samples have to keep a budget too."""
+    return float(divergence * (1 + 0.5 * samples**-0.5))
 
 
 @dataclass(frozen=True, eq=False)
 class _Attempt:
-    """One round: a plan, the model it made, its divergence on the choose split, and whether it is fast enough."""
+    """One round: a plan, the model it made, its divergence on the choose split and as expected on others, and whether it is fast enough."""
 
     plan: Plan
     fitted: Fitted
     model: Model
     measured: float
+    expected: float
     in_time: bool
 
     def keeps(self, budget: Budget) -> bool:
         """Whether the latency budget holds, and the error budget on the choose split, with slack."""
-        return self.in_time and (budget.divergence is None or self.measured <= budget.divergence * SLACK)
+        return self.in_time and (budget.divergence is None or self.expected <= budget.divergence * SLACK)
 
     def better_than(self, other: _Attempt, budget: Budget) -> bool:
         """Keeping the budgets comes first, then the objective."""
