@@ -23,7 +23,7 @@ def matmul(width: int, *, value: float = 1.0, weight: str = "W") -> onnx.ModelPr
 
 def test_measure_ranks_what_takes_longer():
     short, long = measure([lambda: sum(range(1000)), lambda: sum(range(10000))], budget_s=0.02, sample_s=1e-3)
-    assert 3 < long.median_s / short.median_s < 30
+    assert 3 < long.minimum_s / short.minimum_s < 30  # minima: other work on the machine must not fail this
     assert long.minimum_s <= long.median_s
     assert short.samples_s.shape == long.samples_s.shape
     assert len(short.samples_s) >= 5
