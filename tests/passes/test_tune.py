@@ -147,7 +147,7 @@ def test_patience_ends_a_run_that_gets_no_better() -> None:
     ids=str,
 )
 def test_every_kind_of_array_learns(form: Form) -> None:
-    result = tune(job(), plan(form), fitted(form), steps=30, options=replace(OPTIONS, constants=False))
+    result = tune(job(), plan(form), fitted(form), steps=60, options=replace(OPTIONS, constants=False, rate=3e-3))
     assert result.after < 0.9 * result.before
     assert divergence(result.fitted, plan(form)) < 0.95 * divergence(fitted(form), plan(form))
 
