@@ -88,7 +88,7 @@ def measure_activations(job: Job, findings: Mapping[str, Finding], known: Findin
 
 def _divergence(job: Job, values: Sequence[str]) -> dict[str, float]:
     """Divergence of the outputs when each value alone is rounded; values that cannot be rounded are left out."""
-    ranges = calibrated(job.model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration, "mse")
+    ranges = calibrated(job.model, values, job.data, job.splits.fit[: job.data.enough(RANGE_SAMPLES)], job.calibration, "mse")
     probe = job.probe()
     return {value: max(0.0, probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges}
 

@@ -205,7 +205,7 @@ def _fitted(
 
 def quantization_ranges(job: Job, model: Model, operators: Sequence[str], values: Sequence[str]) -> dict[str, Range]:
     """Ranges of the activations that are quantized: by the method that the settings name, or that harms the outputs least."""
-    histograms = collect(model, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration)
+    histograms = collect(model, values, job.data, job.splits.fit[: job.data.enough(RANGE_SAMPLES)], job.calibration)
     usable = {name: each for name, each in histograms.items() if each.reason is None}
     methods = METHODS if job.settings.ranges == "auto" else (job.settings.ranges,)
     found = [{name: Range.spanning(*METHODS[method](each)) for name, each in usable.items()} for method in methods]

@@ -119,15 +119,17 @@ _known: WeakKeyDictionary[Job, dict[str, Curvature]] = WeakKeyDictionary()
 
 
 def curvatures(job: Job) -> Mapping[str, Curvature]:
-    """Of every site, by name; measured once per job, on the original model and a part of the fit samples."""
-    if job not in _known:
-        rng = np.random.default_rng(job.settings.seed)
-        fit = job.splits.fit
-        indices = np.sort(rng.choice(fit, min(SAMPLES, len(fit)), replace=False))
-        with job.clock.phase("calibrate"):
-            _known[job] = measure(
-                job.model, job.kinds, job.sites.sites, job.shapes, job.data, indices, job.calibration, seed=job.settings.seed
-            )
+    """Of every site, by name; measured once per job and its copies, on the original model and a part of the fit samples."""
+    if job in _known:
+        return _known[job]
+    fit, seed = job.splits.fit, job.settings.seed
+    for other, found in _known.items():  # slopes and samples to judge by change nothing
+        if other.model is job.model and other.splits.fit is fit and (other.settings.seed, other.kinds) == (seed, job.kinds):
+            _known[job] = found
+            return found
+    indices = np.sort(np.random.default_rng(seed).choice(fit, min(job.data.enough(SAMPLES), len(fit)), replace=False))
+    with job.clock.phase("calibrate"):
+        _known[job] = measure(job.model, job.kinds, job.sites.sites, job.shapes, job.data, indices, job.calibration, seed=seed)
     return _known[job]
 
 

@@ -143,6 +143,10 @@ class Dataset:
         """The labels of these samples, (len(indices), ...); None without labels."""
         return None if self.label_values is None else self.label_values[indices]
 
+    def enough(self, count: int) -> int:
+        """So many samples, or as many as one feed must hold if that is more."""
+        return max(count, self.per_feed or 1)
+
     def feeds(self, indices: npt.NDArray[Any], batch: int = 32) -> Iterator[tuple[Feed, npt.NDArray[Any]]]:
         """Feed the samples at `indices`, in that order or, where padding is trimmed, from short to long.
 

@@ -163,7 +163,7 @@ class Job:
     def probe(self, count: int = PROBE_SAMPLES) -> Probe:
         """Measures damage to the model's outputs on a few of the fit samples."""
         rng = np.random.default_rng(self.settings.seed)
-        chosen = rng.choice(self.splits.fit, min(count, len(self.splits.fit)), replace=False)
+        chosen = rng.choice(self.splits.fit, min(self.data.enough(count), len(self.splits.fit)), replace=False)
         return Probe(self.model, self.kinds, self.data, np.sort(chosen), self.calibration)
 
     def sizes(self) -> SizePricer:

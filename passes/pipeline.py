@@ -122,11 +122,16 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
     tuning: TuneResult | None = None
     relief = 1.0  # how many times less an attempt diverges once it is tuned
     for _ in range(_TUNINGS):
-        attempt = _searched(job, menu, _relieved(budget, relief), sizes, progress)
+        try:
+            attempt = _searched(job, menu, _relieved(budget, relief), sizes, progress)
+        except InfeasibleError:
+            if best is None:
+                raise
+            break  # latency is measured anew in every round
         better, result = _taught(job, attempt, progress)
         if best is None or better.better_than(best, budget):
             best, tuning = better, result
-        gain = attempt.measured / better.measured if better.measured > 0 else 1.0
+        gain = min(attempt.measured / better.measured, FARTHEST_OFF) if 0 < better.measured < float("inf") else 1.0
         settled = abs(gain / relief - 1) < 1 - LOOSE
         if result is None or result.interrupted or budget.divergence is None or budget.minimize == "error" or settled:
             break
@@ -193,7 +198,7 @@ def _taught(job: Job, attempt: _Attempt, progress: Progress) -> tuple[_Attempt, 
     model = finish(job, attempt.plan.forms, result.fitted)
     measured = _divergence(job, model)
     if measured >= attempt.measured:
-        return attempt, replace(result, improved=False)
+        return attempt, replace(result, improved=False, fitted=attempt.fitted, after=result.before)
     expected = _doubted(measured, len(job.splits.choose))
     return replace(attempt, fitted=result.fitted, model=model, measured=measured, expected=expected), result
 

@@ -76,5 +76,5 @@ def _rounded_divergence(job: Job, moments: dict[str, Moment]) -> float:
             values.append(FAMILIES[site.use.key].activation(site.use)[0])
     rounded = rewrite(job.model, fragments, job.sites.sites)
     values = list(dict.fromkeys(values))
-    ranges = calibrated(rounded, values, job.data, job.splits.fit[:RANGE_SAMPLES], job.calibration, "mse")
+    ranges = calibrated(rounded, values, job.data, job.splits.fit[: job.data.enough(RANGE_SAMPLES)], job.calibration, "mse")
     return job.probe().divergence(fake_quantized(rounded, list(ranges), ranges).proto)

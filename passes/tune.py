@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, helper
 
 from intaglio.ops.form import Form
 
@@ -33,7 +33,7 @@ from .divergence import Divergence, Kind
 from .errors import InputError
 from .execute import Executor
 from .job import Job
-from .lessons import Arrays, Lessons
+from .lessons import KEPT_BYTES, Arrays, Lessons
 from .loss import CrossEntropy, SquaredError, TeacherDivergence, Term, with_loss
 from .options import Progress, silent
 from .session import Session, Value, open_session, to_array, to_value
@@ -147,6 +147,7 @@ def tune(
     *,
     steps: int,
     options: TuneOptions | None = None,
+    lessons: Job | None = None,
     progress: Progress = silent,
 ) -> TuneResult:
     """Tune what was fitted.
@@ -160,6 +161,7 @@ def tune(
         fitted: from `fit_forms(keep=True)`.
         steps: how many to make.
         options: how.
+        lessons: the job with other fit samples to be taught on; those of `job`, by which `finish` calibrates ranges, if None.
         progress: shows how far it is.
 
     Raises:
@@ -168,8 +170,9 @@ def tune(
     options = options or TuneOptions()
     _check(job, steps, options)
     student = make_student(job, forms, fitted, constants=options.constants)
-    course = _Course(job, student, options)
-    checkpoint = _checkpoint(job, forms, fitted, steps, options)
+    lessons = lessons or job
+    course = _Course(job, student, options, lessons)
+    checkpoint = _checkpoint(lessons, forms, fitted, steps, options)
     return _Run(course, steps, checkpoint).go(progress)
 
 
@@ -191,14 +194,15 @@ def _check(job: Job, steps: int, options: TuneOptions) -> None:
 class _Course:
     """A student with its loss, its lessons and its examination."""
 
-    def __init__(self, job: Job, student: Student, options: TuneOptions) -> None:
+    def __init__(self, job: Job, student: Student, options: TuneOptions, lessons: Job | None = None) -> None:
         self.job, self.student, self.options = job, student, options
         self.flat, self.gradient = student.start(), np.zeros(student.count, np.float32)
         self.units = student.units()
-        self.lessons = Lessons(job, _taught(job, options), options.batch, options.augmentations)
+        self.lessons = Lessons(lessons or job, _taught(job, options), options.batch, options.augmentations)
         self._fed = {name: np.zeros(each.latent.shape, np.float32) for name, each in student.parameters.items()}
         self._values = {name: to_value(array) for name, array in self._fed.items()}
         self._open()
+        self._teacher = Executor.of(job.model, self._outputs, job.calibration)
         self._exam: list[tuple[Arrays, list[NDArray[np.generic]]]] | None = None
 
     def _open(self) -> None:
@@ -211,7 +215,11 @@ class _Course:
             raise InputError(f"tuning: no gradient reaches any parameter: {reasons}")
         self._fetches = [built.loss, *(found.gradients[name] for name in self.trained)]
         self._session = self._session_of(found.proto)
-        self._values[found.cotangents[built.loss]] = to_value(np.ones((), np.float32))
+        declared = {value.name: value.type.tensor_type for value in found.proto.graph.input}
+        self._types = {name: helper.tensor_dtype_to_np_dtype(tensor_type.elem_type) for name, tensor_type in declared.items()}
+        self._label_rank = len(declared[_LABELS].shape.dim) if _LABELS in declared else 0
+        one = found.cotangents[built.loss]
+        self._values[one] = to_value(np.ones((), self._types[one]))
         self._outputs = [value.name for value in self.student.model.proto.graph.output]
         self._examiner = self._session_of(self.student.model.proto)
 
@@ -231,9 +239,9 @@ class _Course:
         self.gradient.fill(0)
         lessons = self.lessons.at(step)
         for number, lesson in enumerate(lessons):
-            answers = {_ANSWER + name: np.asarray(array, np.float32) for name, array in lesson.answers.items()}
+            answers = {_ANSWER + name: np.asarray(array, self._types[_ANSWER + name]) for name, array in lesson.answers.items()}
             if self.options.labels:
-                answers[_LABELS] = np.asarray(self.job.data.labels(lesson.indices), np.int64)
+                answers[_LABELS] = self._labels(lesson.indices)
             fed = {name: to_value(array) for name, array in (*lesson.feed.items(), *answers.items())}
             loss, *gradients = self._session.run(self._fetches, self._values | fed)
             total += float(to_array(loss))
@@ -242,35 +250,48 @@ class _Course:
             self.gradient /= np.float32(len(lessons))
         return total / len(lessons)
 
+    def _labels(self, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Labels in the rank that the loss takes: (samples, 1) counts as (samples,), and those of a whole feed have no samples' axis."""
+        labels = np.asarray(self.job.data.labels(indices), np.int64)
+        lengths = labels.shape
+        while len(lengths) > self._label_rank and 1 in lengths:
+            place = len(lengths) - 1 - lengths[::-1].index(1)
+            lengths = lengths[:place] + lengths[place + 1 :]
+        return labels.reshape(lengths)
+
     def _collect(self, gradients: Sequence[Value], first: bool) -> None:
         for name, gradient in zip(self.trained, gradients, strict=True):
             parameter = self.student.parameters[name]
             part = self.gradient[parameter.part]
             if first:
-                parameter.latent.pull(gradient.numpy(), part)
+                parameter.latent.pull(to_array(gradient), part)
             else:
                 more = np.empty_like(part)
-                parameter.latent.pull(gradient.numpy(), more)
+                parameter.latent.pull(to_array(gradient), more)
                 part += more
 
     def divergence(self) -> float:
         """Of the student with projected parameters, on choose samples."""
         self.project()
-        if self._exam is None:
-            self._exam = list(self._examination())
         total = Divergence(self.job.kinds)
-        for feed, reference in self._exam:
+        kept: list[tuple[Arrays, list[NDArray[np.generic]]]] = []
+        size_bytes = 0
+        for feed, reference in self._exam or self._examination():
             fed = {name: to_value(array) for name, array in feed.items()}
             total.add(reference, [to_array(value) for value in self._examiner.run(self._outputs, self._values | fed)])
+            size_bytes += sum(array.nbytes for array in (*feed.values(), *reference))
+            if size_bytes <= KEPT_BYTES:
+                kept.append((feed, reference))
+        if size_bytes <= KEPT_BYTES:
+            self._exam = kept
         return total.value
 
     def _examination(self) -> Iterator[tuple[Arrays, list[NDArray[np.generic]]]]:
-        job, outputs = self.job, self._outputs
+        job = self.job
         rng = np.random.default_rng((job.settings.seed, 3))
-        chosen = np.sort(rng.permutation(job.splits.choose)[: self.options.samples])
-        teacher = Executor.of(job.model, outputs, job.calibration)
+        chosen = np.sort(rng.permutation(job.splits.choose)[: job.data.enough(self.options.samples)])
         for feed, _ in job.data.feeds(chosen, self.options.batch):
-            yield feed, teacher.run_feed(feed)
+            yield feed, self._teacher.run_feed(feed)
 
 
 def _taught(job: Job, options: TuneOptions) -> tuple[str, ...]:
@@ -317,6 +338,7 @@ class _Run:
         self._losses: list[float] = []
         self._trained_s = 0.0
         self._made = 0
+        self._done = 0  # steps, those of an earlier run included; Adam does not count what was not finite
 
     def _adam(self) -> Adam:
         return Adam(self.course.flat, self.course.units, self.options.adam)
@@ -336,18 +358,23 @@ class _Run:
         return self._result(interrupted)
 
     def _train(self, progress: Progress, start: float) -> None:
-        every = max(1, self.steps // self.options.evaluations)
-        rest = range(self.adam.steps, self.steps)
+        if self._is_due(self._done) and self.history[-1].step < self._done:  # stopped while it measured
+            self._measure(self._done, start)
+        rest = range(self._done, self.steps)
         for step in progress(rest, "Tuning", len(rest)):
             if self._is_hopeless():
                 continue
             began = time.perf_counter()
             self._step(step, self.rate * schedule(step, self.steps, int(self.options.warmup * self.steps)))
             self._trained_s += time.perf_counter() - began
-            self._made += 1
-            if (step + 1) % every == 0 or step + 1 == self.steps:
+            self._made, self._done = self._made + 1, step + 1
+            if self._is_due(step + 1):
                 self._measure(step + 1, start)
             self._save()
+
+    def _is_due(self, step: int) -> bool:
+        """Whether the divergence is measured after so many steps."""
+        return step % max(1, self.steps // self.options.evaluations) == 0 or step == self.steps
 
     def _step(self, step: int, rate: float) -> None:
         self._losses.append(self.course.learn(step))
@@ -400,7 +427,7 @@ class _Run:
             before=before,
             after=self.best_divergence,
             history=tuple(self.history),
-            steps=self.adam.steps,
+            steps=self._done,
             rate=self.rate,
             steps_per_s=self._made / self._trained_s if self._made else 0.0,
             interrupted=interrupted,
@@ -420,20 +447,38 @@ class _Run:
                 "history": history,
                 "losses": np.array(self._losses, np.float64),
                 "rate": np.asarray(self.rate, np.float64),
+                "done": np.asarray(self._done),
             }
         )
 
     def _resume(self) -> bool:
         state = self.checkpoint.load() if self.checkpoint is not None else None
-        if state is None:
+        if state is None or not self._fits(state):
             return False
         self.adam.restore({key.removeprefix("adam."): array for key, array in state.items() if key.startswith("adam.")})
         self.best = np.asarray(state["best"], np.float32)
         self.history = [Point(int(step), loss, divergence, s) for step, loss, divergence, s in np.asarray(state["history"]).tolist()]
         self.best_divergence = min(point.divergence for point in self.history)
         self._losses, self.rate = np.asarray(state["losses"]).tolist(), float(state["rate"])
-        log.info("goes on after step %d", self.adam.steps)
+        self._done = int(state["done"])
+        log.info("goes on after step %d", self._done)
         return True
+
+    def _fits(self, state: Mapping[str, NDArray[np.generic]]) -> bool:
+        """Whether a state is one of this run: another version of the program may have written it."""
+        flat = (self.course.student.count,)
+        shapes = {"best": flat, "rate": (), "done": (), **{f"adam.{key}": array.shape for key, array in self.adam.state().items()}}
+        history = state.get("history", np.zeros(0))
+        fits = (
+            all(key in state and state[key].shape == shape and state[key].dtype.kind in "fi" for key, shape in shapes.items())
+            and (history.ndim, history.shape[1:], len(history) > 0, history.dtype.kind) == (2, (4,), True, "f")
+            and (losses := state.get("losses")) is not None
+            and (losses.ndim, losses.dtype.kind) == (1, "f")
+            and 0 <= int(state["done"]) <= self.steps
+        )
+        if not fits:
+            log.warning("a checkpoint holds the state of another run and is not used")
+        return fits
 
 
 def _checkpoint(job: Job, forms: Mapping[str, Form], fitted: Fitted, steps: int, options: TuneOptions) -> Checkpoint | None:
@@ -441,6 +486,9 @@ def _checkpoint(job: Job, forms: Mapping[str, Form], fitted: Fitted, steps: int,
     if folder is None:
         return None
     arrays = [array for name in sorted(fitted.packed) for packs in fitted.packed[name] for array in packs]
+    arrays += [job.splits.fit, job.splits.choose]
+    if options.labels and job.data.label_values is not None:  # the data's digest leaves them out
+        arrays.append(job.data.label_values)
     described = [
         job.original.sha256,
         job.data.digest,

@@ -73,4 +73,4 @@ def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Prog
         steps = int(np.clip(_AUTO_EPOCHS * len(taught.splits.fit) / options.batch, least, most))
         options = replace(options, patience=_AUTO_PATIENCE)
     with job.clock.phase("tune"):
-        return tune(taught, forms, fitted, steps=steps, options=options, progress=progress)
+        return tune(job, forms, fitted, steps=steps, options=options, lessons=taught, progress=progress)

@@ -41,6 +41,26 @@ def test_what_is_damaged_counts_as_absent(tmp_path: Path, caplog: pytest.LogCapt
     assert "cannot be read" in caplog.text
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_no_damage_breaks_a_run(seed: int, tmp_path: Path) -> None:
+    """Flipped bytes, some of which zipfile takes for encryption or for a newer version of its format."""
+    file = Checkpoint(tmp_path / "state.npz")
+    file.save({"a": np.arange(5)})
+    whole, rng = file.path.read_bytes(), np.random.default_rng(seed)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        damaged[rng.integers(len(whole))] = rng.integers(256)
+        file.path.write_bytes(damaged)
+        file.load()
+
+
+def test_a_single_array_counts_as_absent(tmp_path: Path) -> None:
+    file = Checkpoint(tmp_path / "state.npz")
+    with file.path.open("wb") as stream:
+        np.save(stream, np.arange(3))
+    assert file.load() is None
+
+
 def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").write_text("not a folder")
     file = Checkpoint(tmp_path / "file" / "state.npz")

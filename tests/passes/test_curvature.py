@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,23 @@ def test_jobs_have_output_metrics_where_they_ask_for_them() -> None:
     assert metric is not None
     assert metric.matrix.shape == (1, 48, 48)
     assert curvatures(job) is curvatures(job)
+
+
+def test_copies_of_a_job_share_what_was_measured() -> None:
+    """Presets make one for every plan."""
+    job = job_of("both")
+    copy = replace(job, slopes={"g": np.zeros((1, 48, 512), np.float32)})
+    assert curvatures(copy) is curvatures(job)
+    other = replace(job, settings=replace(job.settings, seed=1))
+    assert curvatures(other) is not curvatures(job)
+
+
+def test_a_fixed_batch_larger_than_the_samples_wanted_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SAMPLES", 8)
+    job = open_job(deep("50"), {"x": normal(3, 200, 16)}, Settings(curvature="both"))
+    assert {each.reason for each in curvatures(job).values()} == {None}
+    assert {each.samples for each in curvatures(job).values()} == {50}
+    assert job.probe().divergence(job.model.proto) == 0
 
 
 def test_ranks_are_not_spent_on_outputs_that_nobody_reads() -> None:

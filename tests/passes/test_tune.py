@@ -238,3 +238,133 @@ def test_a_model_without_gradients_is_refused() -> None:
     forms = plan(COARSE, opened)
     with pytest.raises(InputError, match="no gradient reaches any parameter"):
         tune(opened, forms, fit_forms(opened, forms, keep=True), steps=1, options=OPTIONS)
+
+
+# --- checkpoints that do not fit, interrupts between a step and its measurement
+
+
+def test_a_run_that_was_stopped_while_it_measured_makes_up_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last measurement, after which no step is left."""
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    measure, calls = _Course.divergence, []
+
+    def stopping(course: _Course) -> float:
+        calls.append(1)
+        if len(calls) == 6:
+            raise KeyboardInterrupt
+        return measure(course)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_Course, "divergence", stopping)
+        stopped = tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS)
+    assert (stopped.interrupted, stopped.steps, stopped.history[-1].step) == (True, 60, 48)
+    assert_same(tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS), tuned())
+
+
+@pytest.mark.parametrize("change", ["missing", "longer", "strings", "empty history"])
+def test_a_checkpoint_of_another_version_is_not_used(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS, progress=Stopper(13))
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as stored:
+        state = dict(stored)
+    if change == "missing":
+        del state["adam.mean"]
+    elif change == "longer":
+        state["best"] = np.append(state["best"], np.float32(0))
+    elif change == "strings":
+        state["rate"] = np.asarray("fast")
+    else:
+        state["history"] = np.zeros((0, 4))
+    np.savez(path, **state)
+    assert_same(tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS), tuned())
+    assert "state of another run" in caplog.text
+
+
+def test_other_labels_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    """The data's digest leaves labels out."""
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    other = replace(cached, data=replace(cached.data, label_values=cached.data.label_values[::-1]))  # type: ignore[index]
+    for opened in (cached, other):
+        tune(opened, plan(COARSE), fitted(), steps=1, options=replace(OPTIONS, labels=0.5))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_steps_without_a_finite_gradient_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam leaves them out; a run that goes on must not make them again."""
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    learn = _Course.learn
+
+    def broken(course: _Course, step: int) -> float:
+        loss = learn(course, step)
+        if step % 2:
+            course.gradient[0] = np.nan
+        return loss
+
+    monkeypatch.setattr(_Course, "learn", broken)
+    whole = tune(job(), plan(COARSE), fitted(), steps=12, options=OPTIONS)
+    tune(cached, plan(COARSE), fitted(), steps=12, options=OPTIONS, progress=Stopper(5))
+    resumed = tune(cached, plan(COARSE), fitted(), steps=12, options=OPTIONS)
+    assert (whole.steps, resumed.steps) == (12, 12)
+    assert_same(resumed, whole)
+
+
+# --- data of every kind
+
+LINEAR = "g (float[N, 16] x) => (float[N, 24] logits) { logits = MatMul (x, w) }"
+
+
+@pytest.mark.parametrize(
+    ("text", "inputs"),
+    [
+        ("g (double[N, 16] x) => (double[N, 24] y) { a = Cast <to = 1> (x) h = MatMul (a, w) y = Cast <to = 11> (h) }", "double"),
+        ("g (float[N, 16] x, string[N] s) => (float[N, 24] y, string[N] t) { y = MatMul (x, w) t = Identity (s) }", "strings"),
+    ],
+)
+def test_types_that_are_not_float32_pass_by(text: str, inputs: str) -> None:
+    data: dict[str, np.ndarray] = {"x": normal(3, 40, 16, dtype=np.float64 if inputs == "double" else np.float32)}
+    if inputs == "strings":
+        data["s"] = np.array(["a"] * 40, object)
+    opened = open_job(parse(text, {"w": normal(1, 16, 24)}), data, Settings())
+    forms = plan(COARSE, opened)
+    result = tune(opened, forms, fit_forms(opened, forms, keep=True), steps=10, options=OPTIONS)
+    assert len(result.history) > 1
+    assert result.history[-1].divergence != result.before
+
+
+def test_labels_in_a_column_are_labels() -> None:
+    found = []
+    for shape in ((40,), (40, 1)):
+        data = {"x": normal(3, 40, 16), "labels": (np.arange(40) % 24).reshape(shape)}
+        opened = open_job(parse(LINEAR, {"w": normal(1, 16, 24)}), data, Settings(labels="labels"))
+        forms = plan(COARSE, opened)
+        student = make_student(opened, forms, fit_forms(opened, forms, keep=True))
+        found.append(_Course(opened, student, replace(OPTIONS, labels=0.5)).learn(0))
+    assert found[0] == found[1]
+
+
+def test_an_examination_that_does_not_fit_in_memory_is_run_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    course = _Course(job(), make_student(job(), plan(COARSE), fitted()), OPTIONS)
+    expected = course.divergence()
+    assert course.divergence() == expected
+    assert course._exam is not None
+    monkeypatch.setattr("intaglio.passes.tune.KEPT_BYTES", 1000)
+    lean = _Course(job(), make_student(job(), plan(COARSE), fitted()), OPTIONS)
+    assert [lean.divergence(), lean.divergence()] == [expected, expected]
+    assert lean._exam is None
+
+
+def test_more_lessons_leave_the_student_as_finish_calibrates_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranges of activations come from the job's own fit samples."""
+    seen = []
+    made = make_student
+
+    def spy(opened: Job, *given: object, **options: object) -> object:
+        seen.append(opened)
+        return made(opened, *given, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("intaglio.passes.tune.make_student", spy)
+    taught = replace(job(), splits=replace(job().splits, fit=job().splits.fit[:40]))
+    result = tune(job(), plan(COARSE), fitted(), steps=3, options=OPTIONS, lessons=taught)
+    assert seen == [job()]
+    assert result.steps == 3

@@ -7,11 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from intaglio.passes import pipeline
 from intaglio.passes.analyse import analyse
 from intaglio.passes.budget import Request
 from intaglio.passes.build import Fitted
 from intaglio.passes.cache import Cache
-from intaglio.passes.errors import InputError
+from intaglio.passes.errors import InfeasibleError, InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build
 from intaglio.passes.report import report
@@ -74,9 +75,28 @@ def test_a_written_model_that_is_no_better_is_written_untuned(monkeypatch: pytes
     monkeypatch.setattr("intaglio.passes.tuning.tune", boasting)
     plain, spoilt = compressed(), compressed(tune=5)
     assert spoilt.tuning is not None
-    assert not spoilt.tuning.improved
+    assert (spoilt.tuning.improved, spoilt.tuning.after) == (False, spoilt.tuning.before)
     assert spoilt.choose_divergence == plain.choose_divergence
     assert spoilt.model.proto == plain.model.proto
+
+
+def test_a_later_round_that_is_infeasible_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency is measured anew in every round, and may come out above its budget."""
+    searched, rounds = pipeline._searched, []
+
+    def once(*given: object) -> object:
+        rounds.append(1)
+        if len(rounds) > 1:
+            raise InfeasibleError("no plan keeps the budgets as measured")
+        return searched(*given)  # type: ignore[arg-type]
+
+    job = job_of(tune=60)
+    menu = analyse(job, Cache(None), latency=False)
+    monkeypatch.setattr(pipeline, "_searched", once)
+    outcome = solve_and_build(job, menu, Request(error=0.02))
+    assert len(rounds) == 2
+    assert outcome.meets
+    assert outcome.tuning is not None
 
 
 def test_an_error_budget_buys_a_smaller_model_with_tuning() -> None:
