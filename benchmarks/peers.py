@@ -74,7 +74,7 @@ DATA = {
 """Calibration data of each task."""
 
 BUDGETS = {
-    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"), ("--size", "0.11", "--latency", "0.39", "--threads", "2")),
+    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"), ("--size", "0.11", "--latency", "0.24")),
     "squeezenet": (("--size", "0.1666", "--latency", "0.44"),),
     "minilm": (
         ("--size", "0.125", "--latency", "0.45"),
