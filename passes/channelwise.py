@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from onnx import NodeProto
 
+from .graph import int_attribute
 from .groups import Grouping, Layout
 
 
@@ -63,7 +64,7 @@ def _meet(groups: Grouping, lead: Layout, other: Layout) -> str | None:
 def _normalization(groups: Grouping, node: NodeProto) -> str | None:
     """Stored statistics, or those of each channel alone; every parameter has one entry per channel."""
     layout = _operand(groups, node)
-    stored = not _int(node, "training_mode", 0) and _int(node, "spatial", 1) and not any(node.output[1:])
+    stored = not int_attribute(node, "training_mode", 0) and int_attribute(node, "spatial", 1) and not any(node.output[1:])
     if layout is None or not layout.second or not stored:
         return f"{node.op_type} along another axis or by statistics of the batch"
     for name in node.input[1:]:
@@ -112,7 +113,7 @@ def _reduction(groups: Grouping, node: NodeProto) -> str | None:
     gone = {axis % layout.rank for axis in axes}
     if layout.front in gone:
         return f"{node.op_type} over the channels"
-    if node.op_type != "Squeeze" and _int(node, "keepdims", 1):
+    if node.op_type != "Squeeze" and int_attribute(node, "keepdims", 1):
         groups.hold(node.output[0], layout)
         return None
     behind = sum(axis > layout.rank - layout.axis for axis in gone)
@@ -135,7 +136,7 @@ def _unsqueeze(groups: Grouping, node: NodeProto) -> str | None:
 def _flatten(groups: Grouping, node: NodeProto) -> str | None:
     """(N, C, ...) to (N, C·...): each channel becomes a block."""
     layout = _operand(groups, node)
-    if layout is None or not layout.second or layout.rank is None or _int(node, "axis", 1) not in (1, 1 - layout.rank):
+    if layout is None or not layout.second or layout.rank is None or int_attribute(node, "axis", 1) not in (1, 1 - layout.rank):
         return f"{node.op_type} that mixes channels with rows"
     groups.hold(node.output[0], replace(layout, axis=1, rank=2, flat=layout.flat or layout.rank > 2))
     return None
@@ -144,7 +145,7 @@ def _flatten(groups: Grouping, node: NodeProto) -> str | None:
 def _reshape(groups: Grouping, node: NodeProto) -> str | None:
     """As Flatten, where that is what the shape says; its second entry becomes −1 where it is a number."""
     layout, target = _operand(groups, node), groups.ints(node, 1)
-    if layout is None or not layout.second or target is None or len(target) != 2 or _int(node, "allowzero", 0):
+    if layout is None or not layout.second or target is None or len(target) != 2 or int_attribute(node, "allowzero", 0):
         return f"{node.op_type} other than from images to rows"
     batch, *rest = groups.shapes.get(node.input[0], [None])
     length = math.prod(size for size in rest if size is not None) if rest and None not in rest else None
@@ -170,13 +171,9 @@ def _axes(groups: Grouping, node: NodeProto) -> list[int] | None:
     return groups.ints(node, 1) if attribute is None else attribute
 
 
-def _int(node: NodeProto, name: str, default: int) -> int:
-    return next((int(a.i) for a in node.attribute if a.name == name), default)
-
-
 def conv_groups(node: NodeProto) -> int:
     """How many groups of channels a Conv keeps apart; 1 for other operators."""
-    return _int(node, "group", 1)
+    return int_attribute(node, "group", 1)
 
 
 _Handler = Callable[[Grouping, NodeProto], str | None]

@@ -25,14 +25,13 @@ from intaglio.ops.vjp import RULES, Call, Names, Tape, Unsupported, Value
 
 from .errors import InputError
 from .gates import Gates
-from .graph import all_names, nested_graphs, reads, topological
+from .graph import STANDARD, all_names, nested_graphs, reads, topological
 from .modernize import modernize
 from .recompute import Recomputed, recompute_forward
 from .sites import opset
 from .values import infer, typed
 from .weights import WeightStore
 
-_STANDARD = ("", "ai.onnx")
 _QUANTIZE = "QuantizeLinear"
 _DEQUANTIZE = "DequantizeLinear"
 _MOVES_CODES = frozenset(
@@ -268,7 +267,7 @@ class _Sweep:
 
 def _operator(node: NodeProto) -> str:
     """The operator as rules name it."""
-    return str(node.op_type) if node.domain in _STANDARD else f"{node.domain}::{node.op_type}"
+    return str(node.op_type) if node.domain in STANDARD else f"{node.domain}::{node.op_type}"
 
 
 def _label(node: NodeProto) -> str:
@@ -330,7 +329,7 @@ def _codes(nodes: Sequence[NodeProto], values: Mapping[str, Value]) -> dict[str,
     for node in nodes:
         if node.op_type == _QUANTIZE and node.input[0] in values and node.output[0] in values:
             found[node.output[0]] = values[node.input[0]].dtype
-        elif node.op_type in _MOVES_CODES and node.domain in _STANDARD and node.input and node.input[0] in found:
+        elif node.op_type in _MOVES_CODES and node.domain in STANDARD and node.input and node.input[0] in found:
             found.update((name, found[node.input[0]]) for name in node.output if name)
     return found
 

@@ -32,11 +32,12 @@ from onnx import ModelProto, TensorProto, numpy_helper
 
 from intaglio.ops.moment import Moment
 
+from .graph import constant_tensors
 from .labelling import labelled
 from .model import Model
 from .sites import Site
 from .streams import Stream, Streams, measured_operands, solve
-from .trace import Labels, Trace, constant_tensors
+from .trace import Labels, Trace
 from .weights import WeightStore
 
 ALPHA = 0.5

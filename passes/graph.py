@@ -21,6 +21,9 @@ Body: TypeAlias = GraphProto | FunctionProto
 
 MAIN = "main"
 
+STANDARD = ("", "ai.onnx")
+"""Ways to write the default domain."""
+
 
 @dataclass(frozen=True, eq=False)
 class Scope:
@@ -225,3 +228,17 @@ def all_names(proto: ModelProto) -> set[str]:
         names.update(output_names(scope.body))
     names.discard("")
     return names
+
+
+def constant_tensors(proto: ModelProto) -> dict[str, TensorProto]:
+    """Initializers and the tensors of Constant nodes in the main graph, by the names of their values."""
+    found = {tensor.name: tensor for tensor in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type == "Constant" and node.domain in STANDARD and node.attribute and node.attribute[0].name == "value":
+            found[node.output[0]] = node.attribute[0].t
+    return found
+
+
+def int_attribute(node: NodeProto, name: str, default: int) -> int:
+    """An integer attribute of a node."""
+    return next((a.i for a in node.attribute if a.name == name), default)

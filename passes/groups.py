@@ -17,7 +17,7 @@ from onnx import ModelProto, NodeProto, TensorProto
 
 from intaglio.ops.emit import Spec
 
-from .graph import ValueIndex, output_names
+from .graph import ValueIndex, constant_tensors, output_names
 from .model import Model
 from .rewrite import ghost_tensor
 from .sites import Site
@@ -162,7 +162,7 @@ class Grouping:
         self.sites = {id(use.use.node): (site, use) for site in sites for use in site.uses}
         self.shapes = _known_shapes(model)
         self.initializers = {tensor.name: tensor for tensor in model.proto.graph.initializer}
-        self.constants = self.initializers | _constant_nodes(model.proto)
+        self.constants = constant_tensors(model.proto)
         self.fixed = set(output_names(model.proto.graph))
         if model.proto.ir_version >= 4:
             self.fixed |= {value.name for value in model.proto.graph.input}
@@ -257,12 +257,6 @@ class Grouping:
         while self._parents[number] != number:
             number = self._parents[number]
         return number
-
-
-def _constant_nodes(proto: ModelProto) -> dict[str, TensorProto]:
-    """Output → tensor of each Constant node of the main graph that holds one."""
-    nodes = (node for node in proto.graph.node if node.op_type == "Constant")
-    return {node.output[0]: node.attribute[0].t for node in nodes if node.attribute and node.attribute[0].name == "value"}
 
 
 def _known_shapes(model: Model) -> dict[str, list[int | None]]:

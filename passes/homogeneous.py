@@ -8,7 +8,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from .trace import Dims, Handler, Labels, Trace, int_attribute
+from .graph import int_attribute
+from .trace import Dims, Handler, Labels, Trace
 
 
 def _ignore(trace: Trace, node: NodeProto) -> str | None:

@@ -11,11 +11,11 @@ from collections import defaultdict
 
 from onnx import NodeProto
 
-from .graph import MAIN, ValueIndex, output_names, reads, topological
+from .graph import MAIN, STANDARD, ValueIndex, constant_tensors, output_names, reads, topological
 from .homogeneous import HOMOGENEOUS
 from .model import Model
 from .rescalable import RESCALABLE
-from .trace import STANDARD, Handler, Operand, Trace, constant_tensors, known_shapes
+from .trace import Handler, Operand, Trace, known_shapes
 
 _HANDLERS: dict[str, Handler] = HOMOGENEOUS | RESCALABLE
 

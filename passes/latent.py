@@ -79,16 +79,14 @@ class Latent(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
-class Plain:
-    """Floats, written in a type that may be narrower.
+class _Whole:
+    """A latent for every entry of the array, to which gradients pass straight through.
 
     Attributes:
         array: float32, as stored.
-        dtype: that they are written in.
     """
 
     array: Float32
-    dtype: np.dtype[np.generic]
 
     @property
     def start(self) -> Float32:
@@ -103,6 +101,21 @@ class Plain:
     def unit(self) -> float:
         """Of the array."""
         return _size(self.array)
+
+    def pull(self, gradient: Float32, out: Float32) -> None:
+        """Straight through."""
+        out[...] = gradient.reshape(-1)
+
+
+@dataclass(frozen=True, eq=False)
+class Plain(_Whole):
+    """Floats, written in a type that may be narrower.
+
+    Attributes:
+        dtype: that they are written in.
+    """
+
+    dtype: np.dtype[np.generic]
 
     def project(self, values: Float32, out: Float32) -> None:
         """Round to the type; values beyond its range saturate."""
@@ -110,50 +123,26 @@ class Plain:
         np.clip(values, -limit, limit, out=values)
         out.reshape(-1)[...] = values.astype(self.dtype)
 
-    def pull(self, gradient: Float32, out: Float32) -> None:
-        """Straight through."""
-        out[...] = gradient.reshape(-1)
-
     def pack(self, values: Float32) -> Packed:
         """One array."""
         return (values.reshape(self.shape).astype(self.dtype),)
 
 
 @dataclass(frozen=True, eq=False)
-class Rounded:
+class Rounded(_Whole):
     """Codes on a uniform grid that stays as it is.
 
     Attributes:
         storage: of the codes.
         grid: that they lie on.
-        array: float32, as stored.
     """
 
     storage: ScalarStorage
     grid: Grid
-    array: Float32
-
-    @property
-    def start(self) -> Float32:
-        """The array itself."""
-        return self.array.reshape(-1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.array.shape
-
-    def unit(self) -> float:
-        """Of the array."""
-        return _size(self.array)
 
     def project(self, values: Float32, out: Float32) -> None:
         """The nearest levels whose codes fit."""
         out[...] = self.grid.values(self.codes(values))
-
-    def pull(self, gradient: Float32, out: Float32) -> None:
-        """Straight through."""
-        out[...] = gradient.reshape(-1)
 
     def codes(self, values: Float32) -> NDArray[np.int16]:
         """The codes of the values, of the array's shape."""
@@ -170,34 +159,18 @@ class Rounded:
 
 
 @dataclass(frozen=True, eq=False)
-class Levelled:
+class Levelled(_Whole):
     """Entries on the levels of a codebook, which stay.
 
     Attributes:
         storage: the codebook.
         packed: as stored.
         scale: of each channel, broadcastable to the array.
-        array: float32, as stored.
     """
 
     storage: Codebook
     packed: Packed
     scale: Float32
-    array: Float32
-
-    @property
-    def start(self) -> Float32:
-        """The array itself."""
-        return self.array.reshape(-1)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Its shape."""
-        return self.array.shape
-
-    def unit(self) -> float:
-        """Of the array."""
-        return _size(self.array)
 
     def project(self, values: Float32, out: Float32) -> None:
         """The nearest levels."""
@@ -205,10 +178,6 @@ class Levelled:
         shaped = values.reshape(self.shape)
         np.clip(shaped, levels[0] * self.scale, levels[-1] * self.scale, out=shaped)
         np.multiply(levels[self._index(shaped)], self.scale, out=out)
-
-    def pull(self, gradient: Float32, out: Float32) -> None:
-        """Straight through."""
-        out[...] = gradient.reshape(-1)
 
     def pack(self, values: Float32) -> Packed:
         """Indices; levels and scales as they were."""
@@ -283,9 +252,9 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
     storage = STORAGES[name]
     array = np.asarray(storage.decode(packed, spec), np.float32)
     if is_scalar(storage):
-        return Rounded(storage, grid_of(storage, packed, spec, axis), array)
+        return Rounded(array, storage, grid_of(storage, packed, spec, axis))
     if isinstance(storage, Codebook):
-        return Levelled(storage, packed, packed[2].astype(np.float32), array)
+        return Levelled(array, storage, packed, packed[2].astype(np.float32))
     if isinstance(storage, Vectors):
         return _tabled(storage, packed, spec)
     if len(packed) == 1 and packed[0].dtype.kind == "f":

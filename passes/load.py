@@ -22,6 +22,7 @@ from google.protobuf.message import DecodeError, EncodeError, Message
 from onnx import TensorProto, helper
 
 from .errors import InputError
+from .graph import STANDARD
 from .model import Model
 from .save import PROTOBUF_LIMIT_BYTES, Piece, encode
 from .session import RUNTIME_VERSION, open_session
@@ -30,7 +31,6 @@ from .weights import TENSOR_FIELDS, WeightStore, children, tensors
 OLDEST_OPSET = 7
 OLDEST_IR_VERSION = 3
 
-_STANDARD_DOMAINS = ("", "ai.onnx")
 _CHUNK_BYTES = 1 << 20
 _MESSAGE_LIMIT = 300  # characters of the checker's own words in an error
 _LFS_POINTER = b"version https://git-lfs"
@@ -136,7 +136,7 @@ def _check_versions(proto: onnx.ModelProto) -> None:
             f"IR version {proto.ir_version}, expected {OLDEST_IR_VERSION} to {newest_ir} ({_installed()}); "
             f"{_remedy(proto.ir_version > newest_ir)}"
         )
-    opsets = {entry.version for entry in proto.opset_import if entry.domain in _STANDARD_DOMAINS}
+    opsets = {entry.version for entry in proto.opset_import if entry.domain in STANDARD}
     if len(opsets) != 1:
         raise InputError(f"imports {len(opsets)} versions of the default opset {sorted(opsets)}, expected one; export the model again")
     (opset,) = opsets
@@ -216,7 +216,7 @@ def _amend(skeleton: onnx.ModelProto) -> None:
     for scope in (skeleton, *skeleton.functions):
         imported = {entry.domain for entry in scope.opset_import}
         used = {node.domain for node in _nodes(scope)}
-        scope.opset_import.extend(helper.make_opsetid(domain, 1) for domain in sorted(used - imported - {*_STANDARD_DOMAINS}))
+        scope.opset_import.extend(helper.make_opsetid(domain, 1) for domain in sorted(used - imported - {*STANDARD}))
     for graph in _graphs(skeleton):
         graph.name = graph.name or "graph"
 

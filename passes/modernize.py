@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import onnx
 from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto, helper, inliner, numpy_helper, version_converter
@@ -22,8 +21,8 @@ from onnx import AttributeProto, GraphProto, ModelProto, NodeProto, TensorProto,
 from intaglio.ops.vjp import MIN_OPSET, Names
 
 from .errors import InputError
-from .graph import all_names, captures, defined_names, nested_graphs, output_names
-from .session import array_bytes
+from .graph import STANDARD, all_names, captures, defined_names, nested_graphs, output_names
+from .session import array_bytes, copy_fields
 from .sites import opset
 from .weights import WeightStore, is_external
 
@@ -31,7 +30,6 @@ SMALL_BYTES = 1 << 16
 """Tensors up to this size stay in the working copy: shapes, axes, scales."""
 
 _IR = 8  # the oldest IR version in which opset 18 and initializers that are no inputs may stand
-_STANDARD = ("", "ai.onnx")
 _MESSAGE_LIMIT = 300  # characters of onnx's own words in an error
 _COPIES = frozenset({"Identity", "Cast", "Squeeze", "Unsqueeze", "Reshape"})  # between a condition and the constant it comes from
 
@@ -89,8 +87,8 @@ def modernize(proto: ModelProto, weights: WeightStore | None = None) -> Working:
 def _without_weights(proto: ModelProto, weights: WeightStore | None) -> Working:
     """A copy in which inputs stand for weights that are large or that nobody can read here."""
     model = ModelProto()
-    _copy_fields(proto, model, ("graph", "training_info"))
-    _copy_fields(proto.graph, model.graph, ("initializer", "sparse_initializer"))
+    copy_fields(proto, model, ("graph", "training_info"))
+    copy_fields(proto.graph, model.graph, ("initializer", "sparse_initializer"))
     heavy: dict[str, TensorProto] = {}
     for tensor in proto.graph.initializer:
         if _is_heavy(tensor, weights):
@@ -120,16 +118,6 @@ def _is_heavy(tensor: TensorProto, weights: WeightStore | None) -> bool:
     if is_external(tensor) and weights is None:
         return True
     return tensor.data_type != TensorProto.STRING and array_bytes(tensor.data_type, tensor.dims) > SMALL_BYTES
-
-
-def _copy_fields(source: Any, target: Any, omitted: Iterable[str]) -> None:
-    for field, value in source.ListFields():
-        if field.name in omitted:
-            continue
-        if isinstance(value, (str, bytes, int)):
-            setattr(target, field.name, value)
-        else:
-            getattr(target, field.name).MergeFrom(value)
 
 
 # --- functions and versions
@@ -176,7 +164,7 @@ def _fold_branches(model: ModelProto) -> None:
     while True:
         constants = _scalars(graph)
         for position, node in enumerate(graph.node):
-            if node.op_type == "If" and node.domain in _STANDARD and node.input[0] in constants:
+            if node.op_type == "If" and node.domain in STANDARD and node.input[0] in constants:
                 branch = _branch(node, constants[node.input[0]])
                 nodes = _spliced(node, branch, names)
                 graph.initializer.extend(branch.initializer)

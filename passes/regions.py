@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, TypeProto, helper, numpy_helper, shape_inference
 
-from .graph import ValueIndex, initializer_names, output_names, reads
+from .graph import STANDARD, ValueIndex, initializer_names, output_names, reads
 from .model import Model
 from .session import array_bytes
 from .sites import opset
@@ -30,8 +30,6 @@ MIN_OPSET = 13
 _ALL = 1 << 30
 _SMALL_BYTES = 1024
 """Initializers up to this size count as parameters, and are shown to shape inference."""
-
-_STANDARD = ("", "ai.onnx")
 
 _RESCALING = {
     "Add": 2,
@@ -137,7 +135,7 @@ def unit_output(index: ValueIndex, node: NodeProto) -> tuple[str, tuple[NodeProt
         The value after the absorbed nodes, and these nodes in running order: the Add of a bias, then a Relu or Clip.
     """
     value, absorbed = node.output[0], []
-    if node.domain not in _STANDARD or node.op_type not in _ABSORBING:
+    if node.domain not in STANDARD or node.op_type not in _ABSORBING:
         return value, ()
     bias = _only_reader(index, value) if node.op_type == "MatMul" else None
     if bias is not None and added_bias(index, bias) is not None:
@@ -152,7 +150,7 @@ def unit_output(index: ValueIndex, node: NodeProto) -> tuple[str, tuple[NodeProt
 
 def added_bias(index: ValueIndex, node: NodeProto) -> str | None:
     """The initializer that an Add adds to a value, if there is one float32 number for each entry of the last axis; else None."""
-    if node.domain not in _STANDARD or node.op_type != "Add":
+    if node.domain not in STANDARD or node.op_type != "Add":
         return None
     return next((name for name in node.input if is_bias(index, name)), None)
 
@@ -165,7 +163,7 @@ def is_bias(index: ValueIndex, name: str) -> bool:
 
 def clip_bounds(index: ValueIndex, node: NodeProto) -> tuple[float, float] | None:
     """Between which numbers a Relu or Clip keeps its input; None for other nodes, unknown bounds, and bounds that exclude zero."""
-    if node.domain not in _STANDARD or node.op_type not in ("Relu", "Clip"):
+    if node.domain not in STANDARD or node.op_type not in ("Relu", "Clip"):
         return None
     if node.op_type == "Relu":
         return 0.0, math.inf
@@ -223,7 +221,7 @@ def _is_parameter(tensor: TensorProto) -> bool:
 
 def _fuses(node: NodeProto) -> bool:
     """Whether ONNX Runtime runs this node on bytes, going by its type and attributes."""
-    if node.domain not in _STANDARD or not (node.op_type in _RESCALING or node.op_type in KEEPING):
+    if node.domain not in STANDARD or not (node.op_type in _RESCALING or node.op_type in KEEPING):
         return False
     given = {attribute.name: attribute for attribute in node.attribute}
     if node.op_type == "AveragePool":

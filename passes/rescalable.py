@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from onnx import NodeProto
 
-from .trace import Handler, Labels, Operand, Shape, Trace, int_attribute
+from .graph import int_attribute
+from .trace import Handler, Labels, Operand, Shape, Trace
 
 
 def _aligned(trace: Trace, node: NodeProto) -> tuple[list[Labels | None], list[Shape | None]] | str:

@@ -298,8 +298,8 @@ def _detach(
     tensors (nested graphs, `Constant` nodes, functions, types without an array form) are embedded.
     """
     light = onnx.ModelProto()
-    _copy_fields(model, light, ("graph", "training_info"))
-    _copy_fields(model.graph, light.graph, ("initializer",))
+    copy_fields(model, light, ("graph", "training_info"))
+    copy_fields(model.graph, light.graph, ("initializer",))
     for tensor in tensors(light):
         if is_external(tensor):
             tensor.CopyFrom(_embedded(tensor, weights))
@@ -313,7 +313,8 @@ def _detach(
     return light, injected
 
 
-def _copy_fields(source: _Message, target: _Message, omitted: Sequence[str]) -> None:
+def copy_fields(source: _Message, target: _Message, omitted: Iterable[str]) -> None:
+    """Copy what is set in a message into another one, but for the omitted fields."""
     for field, value in source.ListFields():
         if field.name in omitted:
             continue

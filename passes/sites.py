@@ -22,14 +22,13 @@ from onnx import NodeProto, TensorProto, helper
 from intaglio.ops.emit import FLOAT_TYPES, onnx_type
 from intaglio.ops.families import FAMILIES, Use
 
-from .graph import MAIN, Scope, ValueIndex, output_names, scopes
+from .graph import MAIN, STANDARD, Scope, ValueIndex, output_names, scopes
 from .model import Model
 from .session import open_session, to_array, to_value
 
 MIN_ELEMENTS = 256
 """Smaller weights cost less than the nodes that would rebuild them."""
 
-_STANDARD = ("", "ai.onnx")
 _IR = 4  # of one-node models: the oldest that takes inputs alone
 _INTEGERS = frozenset(
     (
@@ -169,7 +168,7 @@ class _Anchor:
 
 def opset(proto: onnx.ModelProto) -> int:
     """Version of the default operator domain."""
-    return next((o.version for o in proto.opset_import if o.domain in _STANDARD), 0)
+    return next((o.version for o in proto.opset_import if o.domain in STANDARD), 0)
 
 
 def evaluate(node: NodeProto, inputs: list[NDArray[np.generic]], version: int) -> NDArray[np.generic]:
@@ -252,7 +251,7 @@ def _anchors(scope: Scope, index: ValueIndex, version: int) -> Iterator[_Anchor]
     if isinstance(scope.body, onnx.GraphProto):
         tensors += [(tensor.name, tensor) for tensor in scope.body.initializer]
     for node in scope.body.node:
-        if node.op_type == "Constant" and node.domain in _STANDARD and node.attribute and node.attribute[0].name == "value":
+        if node.op_type == "Constant" and node.domain in STANDARD and node.attribute and node.attribute[0].name == "value":
             tensors.append((node.output[0], node.attribute[0].t))
     stored = dict(tensors)
     for name, tensor in tensors:
@@ -260,7 +259,7 @@ def _anchors(scope: Scope, index: ValueIndex, version: int) -> Iterator[_Anchor]
             dtype = helper.tensor_dtype_to_np_dtype(tensor.data_type)
             yield _Anchor(scope, name, tuple(tensor.dims), dtype, (tensor,), None)
     for node in scope.body.node:
-        if node.op_type not in _WIDENING or node.domain not in _STANDARD or not all(name in stored for name in node.input if name):
+        if node.op_type not in _WIDENING or node.domain not in STANDARD or not all(name in stored for name in node.input if name):
             continue
         first = stored[node.input[0]]
         if first.data_type not in _INTEGERS or len(first.dims) < 2:
@@ -293,7 +292,7 @@ def _collect(
     if (scope.path, name) in outputs:
         reasons.append("it is an output of its graph")
     for read in index.uses(name, scope):
-        node, key = read.node, ("" if read.node.domain in _STANDARD else read.node.domain, read.node.op_type)
+        node, key = read.node, ("" if read.node.domain in STANDARD else read.node.domain, read.node.op_type)
         if key[0] == "" and node.op_type in _CHAIN and read.index == 0:
             after = _follow(node, value, index, read.scope, version)
             if after is None:

@@ -14,11 +14,8 @@ import onnx
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .graph import ValueIndex
+from .graph import ValueIndex, constant_tensors
 from .weights import is_external
-
-STANDARD = ("", "ai.onnx")
-"""The default domain's names."""
 
 _EXACT = (TensorProto.FLOAT, TensorProto.DOUBLE)
 _SHAPE_ELEMENTS = 1 << 10
@@ -142,15 +139,6 @@ Handler = Callable[[Trace, NodeProto], str | None]
 """Labels a node's outputs; a reason instead freezes all labels that the node reads."""
 
 
-def constant_tensors(proto: ModelProto) -> dict[str, TensorProto]:
-    """Initializers and the tensors of Constant nodes in the main graph, by the names of their values."""
-    found = {tensor.name: tensor for tensor in proto.graph.initializer}
-    for node in proto.graph.node:
-        if node.op_type == "Constant" and node.domain in STANDARD and node.attribute and node.attribute[0].name == "value":
-            found[node.output[0]] = node.attribute[0].t
-    return found
-
-
 def known_shapes(proto: ModelProto) -> dict[str, Dims]:
     """Shapes of values, None for an axis that is not known; inferred from the graph's inputs alone, on a copy without large weights."""
     skeleton = ModelProto(ir_version=max(4, proto.ir_version), opset_import=proto.opset_import, functions=proto.functions)
@@ -177,8 +165,3 @@ def _holds_large(node: NodeProto) -> bool:
 
 def _dims(value: onnx.ValueInfoProto) -> Dims:
     return tuple(dim.dim_value if dim.HasField("dim_value") else None for dim in value.type.tensor_type.shape.dim)
-
-
-def int_attribute(node: NodeProto, name: str, default: int) -> int:
-    """An integer attribute of a node."""
-    return next((a.i for a in node.attribute if a.name == name), default)

@@ -23,12 +23,11 @@ from onnx.reference import ReferenceEvaluator
 from intaglio.ops.vjp import Value
 
 from .errors import InputError
-from .graph import topological
+from .graph import STANDARD, topological
 from .modernize import SMALL_BYTES
 from .sites import opset
 from .weights import is_external
 
-_STANDARD = ("", "ai.onnx")
 _ROUNDS = 8  # of inference and constants; a round that finds nothing ends it sooner
 _MESSAGE_LIMIT = 300  # characters of onnx's own words in an error
 
@@ -173,7 +172,7 @@ def _stand_in(graph: GraphProto) -> None:
     """Replace operators of ONNX Runtime by standard ones whose outputs have the same types."""
     nodes: list[NodeProto] = []
     for node in graph.node:
-        key = node.op_type if node.domain in _STANDARD else f"{node.domain}::{node.op_type}"
+        key = node.op_type if node.domain in STANDARD else f"{node.domain}::{node.op_type}"
         nodes.extend(_STAND_INS[key](node) if key in _STAND_INS else [node])
     del graph.node[:]
     graph.node.extend(nodes)
@@ -248,7 +247,7 @@ def _initial(graph: GraphProto, variable: set[str]) -> dict[str, NDArray[Any]]:
             if array.nbytes <= SMALL_BYTES:
                 found[tensor.name] = array
     for node in graph.node:
-        if node.op_type == "Constant" and node.domain in _STANDARD and node.output[0] not in open_names:
+        if node.op_type == "Constant" and node.domain in STANDARD and node.output[0] not in open_names:
             held = _held(node)
             if held is not None and held.nbytes <= SMALL_BYTES:
                 found[node.output[0]] = held
@@ -283,7 +282,7 @@ def _propagate(
     """
     fresh: dict[str, NDArray[Any]] = {}
     for node in nodes:
-        if node.domain not in _STANDARD or len(node.output) != 1 or node.output[0] in constants or node.output[0] in variable:
+        if node.domain not in STANDARD or len(node.output) != 1 or node.output[0] in constants or node.output[0] in variable:
             continue
         found, mask = _evaluated(node, values, constants, partial, version)
         if found is None or found.nbytes > SMALL_BYTES:
@@ -358,7 +357,7 @@ def _reshaped(
     """Results of `Reshape` of which lengths are known that inference did not find, because only a part of the shape is constant."""
     found = []
     for node in nodes:
-        if node.op_type != "Reshape" or node.domain not in _STANDARD or node.input[1] not in partial or node.output[0] not in values:
+        if node.op_type != "Reshape" or node.domain not in STANDARD or node.input[1] not in partial or node.output[0] not in values:
             continue
         target, mask = partial[node.input[1]]
         value = values[node.output[0]]

@@ -81,11 +81,8 @@ def gradient_error(
     """
     proto = model_of(nodes, inputs, outputs, opset=opset, known=known)
     if open_shapes:
-        for value in proto.graph.input:
-            for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-                dim.dim_param = f"{value.name}{axis}"
-    found = differentiate(proto, outputs, wrt)
-    assert not found.stops, [str(stop) for stop in found.stops]
+        hide_shapes(proto)
+    found = _without_stops(proto, outputs, wrt)
     forward = ReferenceEvaluator(proto)
     feed = {name: array for name, array in inputs.items() if name not in known}
     rng = np.random.default_rng(seed)
@@ -110,6 +107,12 @@ def gradient_error(
         assert gradient.dtype == numeric.dtype
         worst = max(worst, float(np.max(np.abs(gradient - numeric), initial=0.0)) / max(1.0, float(np.max(np.abs(numeric), initial=0.0))))
     return worst
+
+
+def _without_stops(proto: onnx.ModelProto, outputs: Sequence[str], wrt: Sequence[str]) -> Differentiated:
+    found = differentiate(proto, outputs, wrt)
+    assert not found.stops, [str(stop) for stop in found.stops]
+    return found
 
 
 def run_gradients(found: Differentiated, feed: Mapping[str, Array], cotangents: Mapping[str, Array]) -> dict[str, Array]:
@@ -148,8 +151,7 @@ def runtime_error(
         if open_shapes:
             hide_shapes(proto)
         feed = {name: array for name, array in arrays.items() if name not in known}
-        found = differentiate(proto, outputs, wrt)
-        assert not found.stops, [str(stop) for stop in found.stops]
+        found = _without_stops(proto, outputs, wrt)
         if not cotangents:
             values = ReferenceEvaluator(proto).run(list(outputs), feed)
             cotangents = {name: rng.standard_normal(np.shape(value)) for name, value in zip(outputs, values, strict=True)}
