@@ -16,7 +16,7 @@ from intaglio.ops.decompositions.residual import Residual
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.rounding import Problem, Rounding, compensation, encode, factor_input, feedback, fit_corrected
-from intaglio.ops.rounding.corrected import Write
+from intaglio.ops.rounding.corrected import TURNS, Write
 from intaglio.ops.rounding.encoding import Packed
 from intaglio.ops.storage import STORAGES, is_scalar
 from intaglio.ops.view import MatrixView
@@ -135,7 +135,7 @@ def _store_corrected(
 
     views = (site.use.view, *decomposition.product_views(site.use, form.ranks))
     base, first, last = (writer(number, view) for number, view in enumerate(views))
-    return fit_corrected(weight, moment, form.ranks[0], (base, first, last))
+    return fit_corrected(weight, moment, form.ranks[0], (base, first, last), turns=TURNS if rounding.thorough else 1)
 
 
 def rebuilt(site: Site, form: Form, decoded: tuple[NDArray[np.generic], ...]) -> NDArray[np.float64]:

@@ -19,6 +19,7 @@ from intaglio.ops.decompositions import DECOMPOSITIONS, Decomposition
 from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
+from intaglio.ops.rounding import Rounding
 from intaglio.ops.storage import STORAGES, is_scalar, readers
 
 from .fit import compensation_gain, fit_factors, form_error, importance
@@ -33,6 +34,9 @@ SAMPLED_ENTRIES = 1 << 18
 
 _PROBE_STORAGE = "int4"
 """In which the rounding of factors is measured."""
+
+_BRIEF = Rounding(thorough=False)
+"""How: the ratio to what rounding does to the whole weight counts, which is estimated as briefly."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +222,7 @@ def _prices(site: Site, decomposition: Decomposition, weight: NDArray[np.float64
     rounding = 0.0
     if declines(site, stored) is None:
         factors = fit_factors(site, form, weight, moment)
-        exact = form_error(site, form, value, weight, moment, factors)
-        total = form_error(site, stored, value, weight, moment, factors)
+        exact = form_error(site, form, value, weight, moment, factors, _BRIEF)
+        total = form_error(site, stored, value, weight, moment, factors, _BRIEF)
         rounding = max(0.0, total - exact) / max(1e-12, 1 - exact)
     return _Prices(tuple(zip(ranks, errors, strict=True)), rounding)

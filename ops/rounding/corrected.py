@@ -18,7 +18,7 @@ from ..moment import Float64, Moment
 from .encoding import Packed
 from .factors import projected
 
-_TURNS = 2
+TURNS = 2
 """Rounds of both steps from each start; more of them gain next to nothing."""
 
 Write = Callable[[Float64, Moment], tuple[Packed, Float64]]
@@ -40,7 +40,9 @@ class Corrected:
     error: float
 
 
-def fit_corrected(weight: Float64, moment: Moment, rank: int, writers: tuple[Write, Write, Write]) -> tuple[Packed, Packed, Packed]:
+def fit_corrected(
+    weight: Float64, moment: Moment, rank: int, writers: tuple[Write, Write, Write], *, turns: int = TURNS
+) -> tuple[Packed, Packed, Packed]:
     """Packed arrays of the best base and correction that were found.
 
     Args:
@@ -48,11 +50,14 @@ def fit_corrected(weight: Float64, moment: Moment, rank: int, writers: tuple[Wri
         moment: of its input.
         rank: of the correction.
         writers: of the base, of R and of L.
+        turns: how often a base and a correction are fitted to each other, from either start; with 1, only from the base of no correction.
     """
+    if turns == 1:
+        return _turn(weight, moment, rank, writers, np.zeros_like(weight)).packed
     first, last = factorize(weight, moment.regularized(RIDGE), rank)
     found = []
     for correction in (np.zeros_like(weight), last @ first):
-        for _ in range(_TURNS):
+        for _ in range(turns):
             found.append(_turn(weight, moment, rank, writers, correction))
             correction = found[-1].correction
     return min(found, key=lambda each: each.error).packed

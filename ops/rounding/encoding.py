@@ -30,9 +30,12 @@ class Rounding:
 
     Attributes:
         compensate: whether errors may cancel each other where the metric is known; otherwise each value goes to the nearest level.
+        thorough: whether a few steps are tried for each output, and a base and its correction are fitted to each other in turns; without,
+            an error is a bound that takes a fraction of the time.
     """
 
     compensate: bool = True
+    thorough: bool = True
 
 
 class Reading(Protocol):
@@ -85,7 +88,7 @@ def encode(storage: Storage, problem: Problem, rounding: Rounding, parts: tuple[
     if plain is None:
         plain = storage.encode(problem.array, problem.axis, problem.importance)
     known = feedback(problem.moment) if parts is None else parts
-    found = _tuned(storage, problem, known) if grid.next_coarser is None else _fitting(storage, problem, grid, known)
+    found = _tuned(storage, problem, known, rounding.thorough) if grid.next_coarser is None else _fitting(storage, problem, grid, known)
     if found is None:
         return plain
     weight, spec = problem.reading.matrix(problem.array), Spec(problem.array.shape, problem.array.dtype)
@@ -107,8 +110,8 @@ def _coarser(grid: Grid) -> Iterator[Grid]:
         yield grid
 
 
-def _tuned(storage: ScalarStorage, problem: Problem, parts: tuple[Feedback, ...]) -> Packed | None:
-    """Compensated codes with the best of `_STEPS` for each output.
+def _tuned(storage: ScalarStorage, problem: Problem, parts: tuple[Feedback, ...], thorough: bool) -> Packed | None:
+    """Compensated codes with the best of `_STEPS` for each output; with the storage's own step where that has to do.
 
     Steps are searched with the costs that errors have under compensation. The storage itself makes the grid of another step: the one for
     the array times a factor.
@@ -119,6 +122,9 @@ def _tuned(storage: ScalarStorage, problem: Problem, parts: tuple[Feedback, ...]
         grid = storage.grid(np.asarray(problem.array, np.float64) * factor, problem.axis, importance)
         return grid, *_round(problem, grid, parts)
 
+    if not thorough:
+        grid, codes, _ = rounded(1.0)
+        return storage.pack(codes, grid)
     tried = [rounded(factor) for factor in _STEPS]
     errors = np.stack([error for _, _, error in tried])
     best = np.take(_STEPS, errors.argmin(0))[:, :, None]
