@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from intaglio.ops.families import FAMILIES
 from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import bias_shift
 
-from .assemble import assemble, nominal_ranges
+from .assemble import assemble, joined, nominal_ranges
 from .bias import corrected, find_bias
-from .calibrate import calibrate, moment_parts
+from .calibrate import Pair, PairedSite, calibrate, calibrate_pairs, moment_parts
 from .curvature import output_metrics
 from .cuts import Cut
 from .errors import InputError
@@ -23,19 +24,23 @@ from .fit import Arrays, rebuilt, store
 from .graph import ValueIndex, all_names
 from .integer import place
 from .job import Job
+from .match import FOLDS, downstream, levels, matchable, matched, mean_shift, pooled
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
 from .price import noise
 from .ranges import METHODS, Range, collect
-from .refit import channel_orders, channels_of, fit_pruned, original_moments
+from .refit import channel_orders, channels_of, cut_weight, fit_pruned, kept_channels, match_pruned, original_moments
 from .regions import Carrier
-from .rewrite import Fragment, declines, fragment, ghosts, rewrite, spooled
+from .rewrite import Fragment, as_dense, declines, fragment, ghosts, spooled
 from .sites import Site
 from .timing import as_run
 
 FIT_STAGES = 6
 """Most stages of the sequential fit, unless memory asks for more: each recalibrates on the compressed prefix."""
+
+MATCHED_STAGES = 64
+"""Most stages where layers are matched. In deeper models only the first layers of each of the `FIT_STAGES` stages are."""
 
 SLOPED = ("lowrank", "channel_svd")
 """Decompositions that keep the components which the labelled loss says, where a job has slopes."""
@@ -63,9 +68,9 @@ class Fitted:
 
 
 def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -> Model:
-    """Fit the chosen forms, stage by stage on inputs from the compressed prefix, and rewrite the model.
+    """Fit the chosen forms, stage by stage on inputs from the compressed prefix against the original's outputs, and rewrite the model.
 
-    Pruned sites are fitted on inputs from the original model, as those have all channels there.
+    Pruned sites are fitted on inputs from the original model first, as those have all channels there, so that a model without them runs.
 
     Raises:
         InputError: a form names an unknown site, or one that cannot take it.
@@ -73,41 +78,29 @@ def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -
     return finish(job, forms, fit_forms(job, forms, progress=progress))
 
 
-def fit_forms(job: Job, forms: Mapping[str, Form], *, keep: bool = False, progress: Progress = silent) -> Fitted:
+def fit_forms(job: Job, forms: Mapping[str, Form], *, keep: bool = False, match: bool = True, progress: Progress = silent) -> Fitted:
     """The first half of `build`: every chosen form with its arrays.
 
     Args:
         job: the job.
         forms: by site or carrier name.
         keep: whether packed arrays are kept in memory, for a pass that goes on changing them.
+        match: whether layers are fitted to the original's outputs; else to their own weights. Models that do not fit in memory twice never
+            match.
         progress: shows how far it is.
 
     Raises:
         InputError: a form names an unknown site, or one that cannot take it.
     """
     check(job, forms)
-    chosen = chosen_sites(job, forms)
-    taken = frozenset(all_names(job.model.proto))
-    index = ValueIndex(job.model.proto)
-    fragments: dict[str, Fragment] = {}
-    packed: dict[str, Arrays] = {}
-    current, metrics = job.model, output_metrics(job)
-    stages = _stages([site for site in chosen if forms[site.name].decomposition != PRUNED])
+    fitting = _Fitting(job, forms, keep=keep, match=match and job.small)
+    with job.clock.phase("fit"):
+        fitting.cut()
+    stages = _stages(job.model, fitting.chosen, match=fitting.match)
     for stage in progress(stages, "Fitting", len(stages)):
         with job.clock.phase("fit"):
-            moments = calibrate(current, stage, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
-            moments = {name: metrics.weigh(name, moment) for name, moment in moments.items()}
-            fit = partial(_fitted, job, forms, moments, taken, index, keep)
-            for site, (part, arrays) in zip(stage, in_parallel(fit, stage, workers(stage)), strict=True):
-                fragments[site.name] = part
-                packed |= {site.name: arrays} if keep else {}
-            current = rewrite(job.model, fragments, chosen)
-    cuts = _cuts(job, forms)
-    with job.clock.phase("fit"):
-        for name, (part, arrays) in _pruned(job, forms, [site for site in chosen if site.name not in fragments], cuts, taken, index, keep):
-            fragments[name] = part
-            packed |= {name: arrays} if keep else {}
-    return Fitted(fragments, cuts, packed)
+            fitting.fit(stage)
+    return fitting.result
 
 
 def finish(job: Job, forms: Mapping[str, Form], fitted: Fitted) -> Model:
@@ -157,50 +150,113 @@ def _cuts(job: Job, forms: Mapping[str, Form]) -> tuple[Cut, ...]:
     return channels_of(job).cuts(forms, channel_orders(job, names)) if names else ()
 
 
-def _pruned(
-    job: Job,
-    forms: Mapping[str, Form],
-    sites: Sequence[Site],
-    cuts: Sequence[Cut],
-    taken: frozenset[str],
-    index: ValueIndex,
-    keep: bool,
-) -> Iterator[tuple[str, tuple[Fragment, Arrays]]]:
-    """Fit the pruned sites: name, and what `_fitted` returns of it."""
-    by_group = {cut.group.name: cut for cut in cuts}
-    for part in moment_parts(sites):
-        moments = original_moments(job, part)
+class _Fitting:
+    """Fits the sites of a plan, the pruned ones on the original model and then all of them in the order of the graph.
 
-        def fit(site: Site, moments: Mapping[str, Moment] = moments) -> tuple[Fragment, Arrays]:
-            moment, channels = moments[site.name].shrunk(), channels_of(job)
-            fitted, arrays = fit_pruned(job.model, site, forms[site.name], moment, channels, by_group, taken, index)
-            return spooled(fitted, job.model.weights), arrays if keep else ()
+    Attributes:
+        chosen: the sites whose weights change.
+    """
 
-        yield from zip((site.name for site in part), in_parallel(fit, part, workers(part)), strict=True)
+    def __init__(self, job: Job, forms: Mapping[str, Form], *, keep: bool, match: bool) -> None:
+        self.job, self.forms, self.keep, self.match = job, forms, keep, match
+        self.chosen = chosen_sites(job, forms)
+        self._taken, self._index = frozenset(all_names(job.model.proto)), ValueIndex(job.model.proto)
+        self._metrics = output_metrics(job)
+        self._cuts = _cuts(job, forms)
+        self._by_group = {cut.group.name: cut for cut in self._cuts}
+        self._fragments: dict[str, Fragment] = {}
+        self._packed: dict[str, Arrays] = {}
+        self._starts: dict[str, NDArray[np.generic]] = {}
+        self._current = job.model
 
+    @property
+    def result(self) -> Fitted:
+        """What is fitted so far."""
+        return Fitted(self._fragments, self._cuts, self._packed)
 
-def _fitted(
-    job: Job,
-    forms: Mapping[str, Form],
-    moments: Mapping[str, Moment],
-    taken: frozenset[str],
-    index: ValueIndex,
-    keep: bool,
-    site: Site,
-) -> tuple[Fragment, Arrays]:
-    """Fit one site; its arrays go to the model's spool, if that has one, and are returned only if they are to be kept."""
-    form, moment = forms[site.name], moments[site.name].shrunk()
-    if form.decomposition in SLOPED:
-        slope = job.slopes.get(site.name)
-        moment = moment.with_slope(None if slope is None else slope.astype(np.float64))
-    value = site.value(job.model)
-    arrays, decoded = store(site, form, value, site.matrix(value), moment)
-    part = fragment(site, form, arrays, job.model.proto, taken)
-    bias = find_bias(job.model, site, index)
-    if bias is not None and moment.mean is not None:
-        shift = bias_shift(site.matrix(value), rebuilt(site, form, decoded), moment)
-        part = replace(part, changes={bias.name: corrected(job.model, bias, shift)})
-    return spooled(part, job.model.weights), arrays if keep else ()
+    def cut(self) -> None:
+        """Fit the pruned sites on inputs from the original model; from here on the model has fewer channels."""
+        sites = [site for site in self.chosen if self.forms[site.name].decomposition == PRUNED]
+        for part in moment_parts(sites):
+            moments = {name: moment.shrunk() for name, moment in original_moments(self.job, part).items()}
+            for site in part if self.match else ():
+                self._starts[site.name] = cut_weight(self.job.model, site, moments[site.name], channels_of(self.job), self._by_group)
+            self._keep(part, partial(self._pruned, moments))
+        self._rewrite()
+
+    def fit(self, stage: Sequence[Site]) -> None:
+        """Fit some sites on inputs from the model as it is: with the stages before and everything pruned in it."""
+        job = self.job
+        pairs = self._pairs(stage) if self.match else {}
+        whole = [site for site in stage if self.forms[site.name].decomposition != PRUNED]
+        rest = [site for site in whole if site.name not in pairs]
+        moments = calibrate(self._current, rest, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
+        moments |= {site.name: pooled(pairs[site.name]).moment for site in whole if site.name in pairs}
+        weighed = {name: self._metrics.weigh(name, moment).shrunk() for name, moment in moments.items()}
+        self._keep(whole, partial(self._whole, weighed, pairs))
+        self._keep([site for site in stage if site.name in pairs and site.name not in moments], partial(self._repruned, pairs))
+        self._rewrite()
+
+    def _keep(self, sites: Sequence[Site], fit: Callable[[Site], tuple[Fragment, Arrays]]) -> None:
+        """Fit sites; their arrays go to the model's spool, if that has one, and are held only if they are to be kept."""
+
+        def fitted(site: Site) -> tuple[Fragment, Arrays]:
+            part, arrays = fit(site)
+            return spooled(part, self.job.model.weights), arrays if self.keep else ()
+
+        for site, (part, arrays) in zip(sites, in_parallel(fitted, sites, workers(sites)), strict=True):
+            self._fragments[site.name] = part
+            self._packed |= {site.name: arrays} if self.keep else {}
+
+    def _rewrite(self) -> None:
+        if self._fragments:
+            self._current = joined(self.job.model, self._fragments, self.chosen, self._cuts, {})
+
+    def _pairs(self, stage: Sequence[Site]) -> dict[str, tuple[Pair, ...]]:
+        """How the inputs of those sites of a stage that what is fitted so far has changed go with the original's."""
+        job, fragments = self.job, self._fragments
+        changed = {site.anchor for site in self.chosen if site.name in fragments}
+        changed = downstream(job.model.proto, changed.union(*(part.changes for part in fragments.values())))
+        first, *_ = levels(job.model.proto, stage)
+        moved = [site for site in first if matchable(site) and FAMILIES[site.use.key].activation(site.use)[0] in changed]
+        paired = [self._paired(site) for site in moved]
+        seed, fit = job.settings.seed, job.splits.fit
+        return calibrate_pairs(job.model, self._current, paired, job.shapes, job.data, fit, job.calibration, seed=seed, folds=FOLDS)
+
+    def _paired(self, site: Site) -> PairedSite:
+        """A site and what it is in the model as it is now."""
+        _, _, kept = kept_channels(site, channels_of(self.job), self._by_group) if self._cuts else (None, 1, None)
+        groups = kept if site.use.view.groups > 1 else None
+        return PairedSite(site, as_dense(site, self.forms[site.name])[0], groups)
+
+    def _pruned(self, moments: Mapping[str, Moment], site: Site) -> tuple[Fragment, Arrays]:
+        """Fit a pruned site on the original model."""
+        form, moment, channels = self.forms[site.name], moments[site.name], channels_of(self.job)
+        return fit_pruned(self.job.model, site, form, moment, channels, self._by_group, self._taken, self._index)
+
+    def _repruned(self, pairs: Mapping[str, tuple[Pair, ...]], site: Site) -> tuple[Fragment, Arrays]:
+        """Fit a pruned site once more, to what it says in the original."""
+        form, start, channels = self.forms[site.name], self._starts[site.name], channels_of(self.job)
+        folds = pairs[site.name]
+        return match_pruned(self.job.model, site, form, start, folds, channels, self._by_group, self._taken, self._index)
+
+    def _whole(self, moments: Mapping[str, Moment], pairs: Mapping[str, tuple[Pair, ...]], site: Site) -> tuple[Fragment, Arrays]:
+        """Fit a site that keeps all its channels."""
+        model, form, moment = self.job.model, self.forms[site.name], moments[site.name]
+        if form.decomposition in SLOPED:
+            slope = self.job.slopes.get(site.name)
+            moment = moment.with_slope(None if slope is None else slope.astype(np.float64))
+        value, bias, folds = site.value(model), find_bias(model, site, self._index), pairs.get(site.name, ())
+        weight = site.matrix(value)
+        target = matched(weight, weight, folds, free_mean=bias is not None, outputs=moment.outputs)
+        aim = (value, weight) if target is None else (site.stored(target), target)
+        arrays, decoded = store(site, form, *aim, moment)
+        part = fragment(site, form, arrays, model.proto, self._taken)
+        if bias is None or moment.mean is None:
+            return part, arrays
+        approximation = rebuilt(site, form, decoded)
+        shift = mean_shift(weight, approximation, pooled(folds)) if folds else bias_shift(weight, approximation, moment)
+        return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
 
 
 def quantization_ranges(job: Job, model: Model, operators: Sequence[str], values: Sequence[str]) -> dict[str, Range]:
@@ -227,10 +283,11 @@ def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     return assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal_ranges, _placeholders(job, forms))
 
 
-def _stages(sites: Sequence[Site]) -> list[list[Site]]:
-    """Consecutive sites, in about `FIT_STAGES` stages or as many as their moments' memory needs."""
-    stages: list[list[Site]] = []
-    share = -(-len(sites) // FIT_STAGES)
-    for start in range(0, len(sites), max(1, share)):
-        stages += moment_parts(sites[start : start + share])
-    return stages
+def _stages(model: Model, sites: Sequence[Site], *, match: bool) -> list[list[Site]]:
+    """Consecutive sites that are fitted on the same prefix: levels of the graph where they are matched and not too many, else about
+    `FIT_STAGES` stages; more of them where their moments need the memory."""
+    share = max(1, -(-len(sites) // FIT_STAGES))
+    runs = levels(model.proto, sites) if match else []
+    if not match or len(runs) > MATCHED_STAGES:
+        runs = [list(sites[start : start + share]) for start in range(0, len(sites), share)]
+    return [part for run in runs for part in moment_parts(run)]

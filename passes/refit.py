@@ -3,12 +3,12 @@
 All of it comes from the original model: there the inputs of every layer still have all channels, and a model in which one layer of a group
 is pruned and another is not cannot run. Channels are chosen once per job, by all layers that read them together (`ops.pruning`). A layer
 that reads fewer channels is refitted to predict its output from those that stay; what the dropped ones leave out of the output's mean goes
-into the layer's bias.
+into the layer's bias. Once all are cut and the model runs, each can be refitted to what it reads there (`match_pruned`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from weakref import WeakKeyDictionary
 
@@ -21,12 +21,13 @@ from intaglio.ops.pruning import block_indices, channel_order, pruning_errors, r
 from intaglio.ops.rounding import bias_shift
 
 from .bias import corrected, find_bias
-from .calibrate import calibrate, moment_parts
+from .calibrate import Pair, calibrate, moment_parts
 from .cuts import Cut, pruned_weight
 from .fit import Arrays, store
 from .graph import ValueIndex
 from .groups import ChannelGroup
 from .job import Job
+from .match import matched, mean_shift, pooled
 from .model import Model
 from .parallel import in_parallel, workers
 from .prune import Channels, Orders
@@ -163,13 +164,12 @@ def fit_pruned(
         taken: names that exist in the model.
         index: of the model's values.
     """
-    kept_in, block, kept_out = _kept(site, channels, cuts)
-    value, smaller = site.value(model), as_dense(site, form)
-    rows = _rows(site, kept_out)
+    kept_in, block, kept_out = kept_channels(site, channels, cuts)
+    value, smaller, cut = site.value(model), as_dense(site, form), cut_weight(model, site, moment, channels, cuts)
+    rows = kept_rows(site, kept_out)
     if site.use.view.groups > 1:
-        cut, metric = np.take(value, rows, 0), _of_groups(moment, rows)
+        metric = _of_groups(moment, rows)
     else:
-        cut = pruned_weight(site, value, moment, block, kept_in, kept_out)
         metric = moment if kept_in is None else _of_inputs(moment, block_indices(kept_in, block))
     arrays, (decoded,) = store(*smaller, cut, smaller[0].matrix(cut), metric)
     part = fragment(site, form, arrays, model.proto, taken)
@@ -186,14 +186,64 @@ def fit_pruned(
     return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
 
 
-def _kept(site: Site, channels: Channels, cuts: Mapping[str, Cut]) -> tuple[NDArray[np.int64] | None, int, NDArray[np.int64] | None]:
+def cut_weight(model: Model, site: Site, moment: Moment, channels: Channels, cuts: Mapping[str, Cut]) -> NDArray[np.generic]:
+    """A site's weight with the channels that stay, refitted to them where it reads fewer; arguments as for `fit_pruned`."""
+    kept_in, block, kept_out = kept_channels(site, channels, cuts)
+    value = site.value(model)
+    if site.use.view.groups > 1:
+        return np.take(value, kept_rows(site, kept_out), 0)
+    return pruned_weight(site, value, moment, block, kept_in, kept_out)
+
+
+def match_pruned(
+    model: Model,
+    site: Site,
+    form: Form,
+    start: NDArray[np.generic],
+    folds: Sequence[Pair],
+    channels: Channels,
+    cuts: Mapping[str, Cut],
+    taken: frozenset[str],
+    index: ValueIndex,
+) -> tuple[Fragment, Arrays]:
+    """What a site becomes in a pruned form once the model around it runs: nearest to its own outputs in the original.
+
+    Args:
+        model: the original model.
+        site: the site.
+        form: its pruned form.
+        start: from `cut_weight`.
+        folds: its inputs in the cut model and in the original.
+        channels: of the model.
+        cuts: by group name; those of the site's groups.
+        taken: names that exist in the model.
+        index: of the model's values.
+    """
+    _, _, kept_out = kept_channels(site, channels, cuts)
+    smaller, rows, bias = as_dense(site, form), kept_rows(site, kept_out), find_bias(model, site, index)
+    outputs = (rows, slice(None)) if site.use.view.groups > 1 else (slice(None), rows)
+    weight, pair = site.matrix(site.value(model))[outputs], pooled(folds)
+    target = matched(weight, smaller[0].matrix(start), folds, free_mean=bias is not None)
+    aim = (start, smaller[0].matrix(start)) if target is None else (smaller[0].stored(target), target)
+    arrays, (decoded,) = store(*smaller, *aim, pair.moment.shrunk())
+    part = fragment(site, form, arrays, model.proto, taken)
+    if bias is None:
+        return part, arrays
+    shift = np.zeros((site.use.view.groups, site.use.view.m))
+    shift[outputs] = mean_shift(weight, smaller[0].matrix(decoded), pair)
+    return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
+
+
+def kept_channels(
+    site: Site, channels: Channels, cuts: Mapping[str, Cut]
+) -> tuple[NDArray[np.int64] | None, int, NDArray[np.int64] | None]:
     """Channels that a site reads, its inputs per channel, and channels that it writes; None where all stay."""
     name, block = channels.reads.get(site.name, ("", 1))
     read, written = cuts.get(name), cuts.get(channels.writes.get(site.name, ""))
     return None if read is None else read.kept, block, None if written is None else written.kept
 
 
-def _rows(site: Site, kept: NDArray[np.int64] | None) -> NDArray[np.int64]:
+def kept_rows(site: Site, kept: NDArray[np.int64] | None) -> NDArray[np.int64]:
     """Rows of the matrix view that stay; of a depthwise layer the groups."""
     view = site.use.view
     if view.groups > 1:

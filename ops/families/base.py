@@ -80,11 +80,15 @@ class Gram:
         total: the sum of x xᵀ over rows, groups·n·n float32 values; for one-hot inputs the indices themselves, int64.
         rows: a value with groups·n entries per row (one entry for one-hot inputs), from whose size the number of rows follows.
         sums: the sum of x over rows, groups·n float32 values; None for one-hot inputs.
+        columns: whether `rows` holds a row's n entries along the axis before the last, (n, rows), in place of (rows, n).
+        grouped: whether `rows` has an axis of groups before these two.
     """
 
     total: str
     rows: str
     sums: str | None = None
+    columns: bool = False
+    grouped: bool = False
 
 
 class Family(Protocol):
@@ -163,7 +167,21 @@ def row_gram(emitter: Emitter, rows: str) -> Gram:
 def column_gram(emitter: Emitter, columns: str) -> Gram:
     """(groups, n, k) → (groups, n, n): the sum of x xᵀ over columns."""
     rows = emitter.node("Transpose", [columns], attributes={"perm": [0, 2, 1]})
-    return Gram(emitter.node("MatMul", [columns, rows]), columns, reduce_sum(emitter, columns, 2))
+    return Gram(emitter.node("MatMul", [columns, rows]), columns, reduce_sum(emitter, columns, 2), columns=True, grouped=True)
+
+
+def cross_gram(emitter: Emitter, first: Gram, second: Gram) -> str:
+    """The sum of x zᵀ over the rows x of one value and the rows z of another, which a family has read alike: (groups, p, n) or (p, n).
+
+    Args:
+        emitter: takes the nodes.
+        first: of p entries a row, from `Family.gram`.
+        second: of n entries a row, from the same family with as many groups and rows.
+    """
+    if not second.grouped:
+        return product(emitter, first.rows, second.rows, trans_left=not first.columns, trans_right=second.columns)
+    turned = emitter.node("Transpose", [second.rows], attributes={"perm": [0, 2, 1]})
+    return emitter.node("MatMul", [first.rows, turned])
 
 
 def reduce_sum(emitter: Emitter, value: str, axis: int) -> str:

@@ -142,7 +142,7 @@ class ConvTranspose:
         """Every position of the input is a row."""
         value = reshape(emitter, as_float32(emitter, value, request), [0, use.view.n, -1])
         columns = reshape(emitter, emitter.node("Transpose", [value], attributes={"perm": [1, 0, 2]}), [use.view.n, -1])
-        return Gram(product(emitter, columns, columns, trans_right=True), columns, reduce_sum(emitter, columns, 1))
+        return Gram(product(emitter, columns, columns, trans_right=True), columns, reduce_sum(emitter, columns, 1), columns=True)
 
     def channel_axis(self, use: Use) -> int:
         """Output channels."""

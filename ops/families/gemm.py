@@ -37,7 +37,7 @@ class Gemm:
         value = as_float32(emitter, value, request)
         rows_first = not use.int("transA", 0) if use.index == 1 else bool(use.int("transB", 0))
         total = product(emitter, value, value, trans_left=rows_first, trans_right=not rows_first)
-        return Gram(total, value, reduce_sum(emitter, value, 0 if rows_first else 1))
+        return Gram(total, value, reduce_sum(emitter, value, 0 if rows_first else 1), columns=not rows_first)
 
     def channel_axis(self, use: Use) -> int:
         """The output axis."""

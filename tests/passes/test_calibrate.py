@@ -10,7 +10,7 @@ from onnx import helper
 
 from intaglio.ops.moment import Moment
 from intaglio.passes import calibrate as module
-from intaglio.passes.calibrate import UNSEEN, Shapes, calibrate, observe, sampled_positions
+from intaglio.passes.calibrate import PAIRED, UNSEEN, Pair, PairedSite, Shapes, calibrate, calibrate_pairs, observe, sampled_positions
 from intaglio.passes.data import Dataset, input_specs, open_dataset
 from intaglio.passes.load import load
 from intaglio.passes.options import Runtime
@@ -298,3 +298,105 @@ def test_calibration_leaves_the_model_as_it_is() -> None:
     before = model.proto.SerializeToString(deterministic=True)
     moments(model, find_sites(model), data)
     assert model.proto.SerializeToString(deterministic=True) == before
+
+
+# pairs
+
+
+def scaled(name: str, scale: Array) -> onnx.ModelProto:
+    """A case's model whose operator reads x·scale."""
+    proto = CASES[name].proto()
+    node = next(node for node in proto.graph.node if "w" in node.input)
+    node.input[list(node.input).index("x")] = "scaled"
+    proto.graph.node.insert(0, helper.make_node("Mul", ["x", "scale"], ["scaled"]))
+    proto.graph.initializer.append(onnx.numpy_helper.from_array(np.asarray(scale, np.float32), "scale"))
+    return proto
+
+
+def pairs(name: str, scale: Array, folds: int = 1, batch: int = 16) -> tuple[Pair, ...]:
+    """Of a case's operator that reads x·scale, against one that reads x."""
+    reference, model = (load(scaled(name, each)) for each in (np.ones_like(scale), scale))
+    data = open_dataset(CASES[name].inputs, input_specs(model.proto))
+    (site,) = (site for site in find_sites(reference) if site.name == "w")
+    shapes = observe(reference, (site,), data.first(1), Runtime())
+    runtime = Runtime(batch=batch)
+    found = calibrate_pairs(reference, model, [PairedSite(site, site)], shapes, data, np.arange(len(data)), runtime, folds=folds)
+    return found["w"]
+
+
+PAIRED_CASES = [name for name in CASES if name not in ("gather", "lstm", "gru", "rnn")]
+
+
+def test_every_operator_of_pairs_is_tried() -> None:
+    assert {node.op_type for name in PAIRED_CASES for node in CASES[name].proto().graph.node if "w" in node.input} == set(PAIRED)
+
+
+def assert_pair(pair: Pair, reference: Array, current: Array) -> None:
+    """Rows (groups, rows, n)."""
+    assert_moment(pair.moment, current)
+    cross = np.einsum("gki,gkj->gij", reference.astype(np.float64), current) / reference.shape[1]
+    np.testing.assert_allclose(pair.cross, cross, rtol=0, atol=FLOAT32 * np.abs(cross).max())
+    assert pair.moment.mean is not None
+    for found, rows in ((pair.moment.mean, current), (pair.mean, reference)):
+        exact = rows.astype(np.float64).mean(1)
+        np.testing.assert_allclose(found, exact, rtol=0, atol=FLOAT32 * np.abs(rows).max())
+
+
+@pytest.mark.parametrize("name", PAIRED_CASES)
+def test_products_with_a_references_inputs_equal_numpy(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "ROWS_PER_INPUT", 1 << 20)  # every position of a Conv
+    x = CASES[name].inputs["x"]
+    scale = np.random.default_rng(1).standard_normal(x.shape[-1]).astype(np.float32)
+    (pair,) = pairs(name, scale)
+    reference, current = (patches(each, *GEOMETRY[name]) if name in GEOMETRY else rows_of(name, each) for each in (x, x * scale))
+    assert_pair(pair, reference, current)
+
+
+def test_both_models_are_sampled_at_the_same_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Doubled inputs give products that are twice the reference's moment, which other positions would not."""
+    monkeypatch.setattr(module, "ROWS_PER_INPUT", 1)
+    (pair,) = pairs("conv2d", np.float32(2).reshape(1))
+    assert pair.moment.rows == 6 * 9  # of 56 positions of six samples
+    np.testing.assert_array_equal(2 * pair.cross, pair.moment.matrix)  # powers of two are exact
+    np.testing.assert_array_equal(2 * pair.mean, pair.moment.mean)
+
+
+def test_feeds_are_dealt_out_to_folds() -> None:
+    x = CASES["gemm"].inputs["x"]
+    scale = np.random.default_rng(1).standard_normal(16).astype(np.float32)
+    first, second = pairs("gemm", scale, folds=2, batch=2)
+    for pair, rows in ((first, [0, 1, 4, 5]), (second, [2, 3])):
+        assert_pair(pair, x[None, rows], x[None, rows] * scale)
+    (only,) = pairs("gemm", scale, folds=2)  # a single feed
+    assert only.moment.rows == 6
+
+
+def test_pruned_layers_are_paired_with_what_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A depthwise layer that has lost channels with those that stay, any other with all of its inputs."""
+    monkeypatch.setattr(module, "ROWS_PER_INPUT", 1 << 20)  # every position
+    head = "g (float[N, 16, 6, 6] x) => (float[N, P, Q, R] y)"
+    text = f"{head} {{ s = Mul (x, a) d = Conv <group = 16, pads = [1, 1, 1, 1]> (s, dw) y = Conv (d, w) }}"
+    kept = np.array([1, 2, 5, 11])
+    ones, dw, w = np.ones((16, 1, 1), np.float32), normal(2, 16, 1, 3, 3), normal(3, 24, 16, 1, 1)
+    reference = load(parse(text, {"a": ones, "dw": dw, "w": w}))
+    smaller = text.replace("Mul (x, a)", "Gather <axis = 1> (x, a)").replace("group = 16", "group = 4")
+    model = load(parse(smaller, {"a": kept, "dw": 3 * dw[kept], "w": w[:, kept]}))
+    sites = [{site.name: site for site in find_sites(each, min_elements=1)} for each in (reference, model)]
+    paired = [PairedSite(sites[0]["dw"], sites[1]["dw"], kept), PairedSite(sites[0]["w"], sites[1]["w"])]
+    x = normal(4, 9, 16, 6, 6)
+    data = open_dataset({"x": x}, input_specs(model.proto))
+    shapes = observe(reference, [each.site for each in paired], data.first(1), Runtime())
+    found = calibrate_pairs(reference, model, paired, shapes, data, np.arange(9), Runtime())
+    rows = patches(x, (3, 3), [1, 1, 1, 1], [1, 1], [1, 1], 16)[kept]
+    assert_pair(found["dw"][0], rows, rows)
+    inputs = np.einsum("gkn,gn->kg", patches(x, (3, 3), [1, 1, 1, 1], [1, 1], [1, 1], 16), dw.reshape(16, 9))
+    assert_pair(found["w"][0], inputs[None], 3 * inputs[None, :, kept])
+
+
+def test_inputs_that_are_not_finite_have_no_pair() -> None:
+    name, scale = "matmul", np.array([np.inf], np.float32)
+    reference, model = (load(scaled(name, each)) for each in (np.ones_like(scale), scale))
+    data = open_dataset(CASES[name].inputs, input_specs(model.proto))
+    (site,) = find_sites(reference)
+    shapes = observe(reference, (site,), data.first(1), Runtime())
+    assert not calibrate_pairs(reference, model, [PairedSite(site, site)], shapes, data, np.arange(len(data)), Runtime())
