@@ -78,15 +78,32 @@ def augmented(feed: Mapping[str, NDArray[np.generic]], names: Sequence[str], rng
         raise InputError(f"augmentation {unknown[0]!r} is unknown; expected one of {', '.join(AUGMENTATIONS)}")
     if not names:
         return feed
-    images = [name for name, array in feed.items() if array.ndim == 4 and array.dtype.kind == "f"]
-    if len(images) != 1:
-        raise InputError(f"augmentation {names[0]!r} needs one input of images (4-D floats), the data has {len(images)}; leave it out")
-    changed = feed[images[0]]
+    image = image_input(feed, names[0])
+    changed = feed[image]
     last = changed.shape[1] not in _COLOURS and changed.shape[3] in _COLOURS
     changed = np.moveaxis(changed, 3, 1) if last else changed
     for name in names:
         changed = AUGMENTATIONS[name](changed, rng)
-    return {**feed, images[0]: np.ascontiguousarray(np.moveaxis(changed, 1, 3) if last else changed)}
+    return {**feed, image: np.ascontiguousarray(np.moveaxis(changed, 1, 3) if last else changed)}
+
+
+def image_input(feed: Mapping[str, NDArray[np.generic]], augmentation: str) -> str:
+    """The name of the one array of images in a feed.
+
+    Args:
+        feed: by input name.
+        augmentation: that needs it.
+
+    Raises:
+        InputError: there is none, or more than one.
+    """
+    images = [name for name, array in feed.items() if array.ndim == 4 and array.dtype.kind == "f"]
+    if len(images) != 1:
+        raise InputError(
+            f"augmentation {augmentation!r} needs one input of images (4-D, of float16, float32 or float64), the data has {len(images)}; "
+            "leave it out"
+        )
+    return images[0]
 
 
 def _offsets(count: int, size: int, rng: np.random.Generator) -> NDArray[np.int64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import logging
 import os
@@ -16,11 +17,15 @@ from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
+KEPT = 4
+"""Most checkpoints of one kind in a folder. Those of runs that nobody goes on with are never asked for again."""
+
 
 class Checkpoint:
     """Arrays by name in one file, which at any time is a whole state or is not there.
 
-    A checkpoint never breaks a run: what cannot be written is logged once, what cannot be read counts as absent.
+    A checkpoint never breaks a run: what cannot be written is logged once, what cannot be read counts as absent. The oldest of a kind make
+    room for a new one: of files whose names are alike up to the first hyphen, `KEPT` stay.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,13 +48,23 @@ class Checkpoint:
                 partial = Path(file.name)
                 np.savez(file, **arrays)  # type: ignore[arg-type]  # its own keywords are not among the names
             os.replace(partial, self.path)
+            self._make_room()
         except OSError as error:
-            if partial is not None:
-                with contextlib.suppress(OSError):
-                    partial.unlink()
             if not self._warned:
                 self._warned = True
                 log.warning("cannot write checkpoint %s (%s); an interrupted run will start again", self.path, error)
+        finally:
+            if partial is not None:
+                with contextlib.suppress(OSError):
+                    partial.unlink(missing_ok=True)
+
+    def _make_room(self) -> None:
+        """Remove the oldest others of the same kind."""
+        kind = self.path.stem.partition("-")[0]
+        others = [path for path in self.path.parent.glob(f"{glob.escape(kind)}-*{self.path.suffix}") if path != self.path]
+        for path in sorted(others, key=_age_key, reverse=True)[KEPT - 1 :]:
+            with contextlib.suppress(OSError):
+                path.unlink()
 
     def load(self) -> dict[str, NDArray[np.generic]] | None:
         """The last state; None where there is none that can be read."""
@@ -66,6 +81,14 @@ class Checkpoint:
         """Forget the state."""
         with contextlib.suppress(OSError):
             self.path.unlink(missing_ok=True)
+
+
+def _age_key(path: Path) -> float:
+    """When a file was written; zero if it is gone."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def fingerprint(words: Sequence[str], arrays: Sequence[NDArray[np.generic]] = ()) -> str:

@@ -262,8 +262,8 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
     return f"storage {name} cannot be tuned"
 
 
-def within_cells(latent: Latent, aim: Float32) -> Float32:
-    """Values as near to an aim as the array's levels allow: their projection is the array as it was stored.
+def within_cells(latent: Latent, aim: Float32, stored: Float32 | None = None) -> Float32:
+    """Values as near to an aim as the array's levels allow: their projection is the array as it was stored, or another.
 
     An optimizer that starts from the levels themselves moves nothing until, all at once, entries have gone half a step. So entries start
     where they would be without rounding, or as far that way as their level reaches.
@@ -271,8 +271,9 @@ def within_cells(latent: Latent, aim: Float32) -> Float32:
     Args:
         latent: of entries that go to levels.
         aim: (n,).
+        stored: (n,), a projection; that of `latent.start` if None.
     """
-    stored, out = latent.start, np.empty(latent.shape, np.float32)
+    stored, out = latent.start if stored is None else stored, np.empty(latent.shape, np.float32)
     values = np.array(aim, np.float32)
     for _ in range(_HALVINGS):
         latent.project(values, out)
@@ -281,6 +282,31 @@ def within_cells(latent: Latent, aim: Float32) -> Float32:
             return values
         values[off] = (values[off] + stored[off]) / 2
     return stored.copy()
+
+
+def settled(latent: Latent, values: Float32, start: Float32) -> Float32:
+    """Values with the same projection that lie well within their cells: a place to begin anew.
+
+    An optimizer that has come to rest leaves entries that were torn between two levels right on the border, where the first large step
+    would turn over all of them at once. Entries that are on the level where they began go back to where they began, others half the way
+    to their level.
+
+    Args:
+        latent: of any kind; only entries that go to levels are moved.
+        values: (n,).
+        start: (n,), where entries began.
+    """
+    if not isinstance(latent, (Rounded, Levelled)):
+        return values
+    here, before = (_projected(latent, each) for each in (values, start))
+    return within_cells(latent, np.where(here == before, start, (values + here) / 2), here)
+
+
+def _projected(latent: Latent, values: Float32) -> Float32:
+    """(n,): the projection, without a change to the values."""
+    out = np.empty(latent.shape, np.float32)
+    latent.project(values.copy(), out)
+    return out.reshape(-1)
 
 
 def scattered(latent: Rounded | Levelled, rng: np.random.Generator) -> Float32:

@@ -45,10 +45,12 @@ class Lessons:
     """An endless course of lessons.
 
     Attributes:
-        runs: lessons that make up one step: several where the model's batch is fixed and smaller than the one asked for.
+        runs: lessons that make up one step: several where the model's batch is fixed, or limited, below the one asked for.
+        epoch: lessons until each sample was shown once.
     """
 
     runs: int
+    epoch: int
 
     def __init__(self, job: Job, values: Sequence[str], batch: int, augmentations: Sequence[str] = ()) -> None:
         """Sort the samples by shape.
@@ -60,26 +62,33 @@ class Lessons:
             augmentations: names of random changes.
         """
         self._data, self._seed, self._names, self._augmentations = job.data, job.settings.seed, tuple(values), tuple(augmentations)
-        self._teacher = Executor.of(job.model, self._names, job.calibration)
-        self._size = job.data.per_feed or batch
-        self.runs = max(1, round(batch / self._size))
-        self._groups = _alike(job.data, job.splits.fit, self._size)
-        self._epoch = sum(-(-len(group) // self._size) for group in self._groups)
-        self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        self._teacher = Executor.of(job.reference, self._names, job.calibration)
+        self._batch = batch
+        self._groups = _alike(job.data, job.splits.fit, job.data.per_feed or 1)
+        self.limit(job.data.per_feed or batch)
         self._kept: dict[int, tuple[NDArray[Any], ...]] | None = None if augmentations else {}
         self._kept_bytes = 0
 
-    @property
-    def epoch_steps(self) -> float:
-        """Steps until each sample was shown once."""
-        return self._epoch / self.runs
+    def limit(self, most: int) -> None:
+        """Put at most so many samples into a lesson; a step then has more of them. A fixed batch stays as it is."""
+        self._size = self._data.per_feed or min(most, self._batch)
+        self.runs = max(1, round(self._batch / self._size))
+        self.epoch = sum(-(-len(group) // self._size) for group in self._groups)
+        self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+
+    def widest(self, most: int) -> Lesson:
+        """A lesson of so many samples that takes the most memory: of those with the largest arrays."""
+        count = self._data.per_feed or most
+        group = max(self._groups, key=lambda group: sum(array.nbytes for array in joined_feed(self._data, group[:count]).values()))
+        feed = joined_feed(self._data, group[:count])
+        return Lesson(feed, dict(zip(self._names, self._teacher.run_feed(feed), strict=True)), group[:count])
 
     def at(self, step: int) -> list[Lesson]:
         """The lessons of a step."""
         return [self._lesson(step * self.runs + number) for number in range(self.runs)]
 
     def _lesson(self, number: int) -> Lesson:
-        epoch, place = divmod(number, self._epoch)
+        epoch, place = divmod(number, self.epoch)
         if self._order[0] != epoch:
             self._order = epoch, self._shuffled(epoch)
         indices = self._order[1][place]

@@ -105,6 +105,25 @@ class SquaredError:
 
 
 @dataclass(frozen=True)
+class CosineDistance:
+    """Mean over vectors of 1 − cos(values, teacher), for embeddings that are compared by their directions.
+
+    A vector of zeros has no direction and counts as orthogonal to all.
+
+    Attributes:
+        values: a float value.
+        teacher: name of the input for what it should be, of the same shape.
+        axis: along which the vectors lie; None for the convention of class axes.
+        weight: of the term.
+    """
+
+    values: str
+    teacher: str = "teacher"
+    axis: int | None = None
+    weight: float = 1.0
+
+
+@dataclass(frozen=True)
 class Named:
     """The mean of a value that the model computes itself, such as its own loss.
 
@@ -117,7 +136,7 @@ class Named:
     weight: float = 1.0
 
 
-Term: TypeAlias = CrossEntropy | TeacherDivergence | SquaredError | Named
+Term: TypeAlias = CrossEntropy | TeacherDivergence | SquaredError | CosineDistance | Named
 
 
 @dataclass(frozen=True)
@@ -319,6 +338,22 @@ def _squared_error(build: _Builder, term: SquaredError) -> tuple[str, np.dtype[A
     return build.op("Div", build.op("ReduceSum", squares, keepdims=0), build.op("Max", size, build.number(_TINY, dtype))), dtype
 
 
+def _cosine_distance(build: _Builder, term: CosineDistance) -> tuple[str, np.dtype[Any]]:
+    value = build.value(term.values)
+    axis = _class_axis(value, term.axis)
+    ours, dtype = build.wide(value)
+    teacher = build.input(term.teacher, dtype, value.lengths)
+    products = build.op("ReduceSum", build.op("Mul", ours, teacher), build.ints(axis), keepdims=0)
+    lengths = [build.op("Sqrt", build.op("Max", _squares(build, each, axis), build.number(_TINY, dtype))) for each in (ours, teacher)]
+    cosines = build.op("Div", products, build.op("Mul", *lengths))
+    return build.op("Sub", build.number(1, dtype), build.op("ReduceMean", cosines, keepdims=0)), dtype
+
+
+def _squares(build: _Builder, name: str, axis: int) -> str:
+    """The sum of squares along an axis."""
+    return build.op("ReduceSum", build.op("Mul", name, name), build.ints(axis), keepdims=0)
+
+
 def _named(build: _Builder, term: Named) -> tuple[str, np.dtype[Any]]:
     value = build.value(term.value)
     wide, dtype = build.wide(value)
@@ -330,6 +365,7 @@ _EMIT: Mapping[type, Any] = {
     CrossEntropy: _cross_entropy,
     TeacherDivergence: _teacher_divergence,
     SquaredError: _squared_error,
+    CosineDistance: _cosine_distance,
     Named: _named,
 }
 

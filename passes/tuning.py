@@ -15,9 +15,10 @@ from intaglio.ops.form import Form
 
 from .build import Fitted
 from .errors import InputError
-from .job import Job
+from .job import Job, Settings
 from .options import Progress, silent
-from .tune import TuneOptions, TuneResult, tune
+from .tune import TuneResult, tune
+from .tune_options import TuneOptions, check_options
 
 AUTO = "auto"
 
@@ -45,6 +46,20 @@ def asked_steps(given: str | int | None) -> int | str | None:
     return steps or None
 
 
+def check_tuning(job: Job) -> None:
+    """Refuse settings of tuning that cannot be followed, before anything costly is done; nothing where they ask for no tuning.
+
+    Raises:
+        InputError: see `asked_steps` and `check_options`.
+    """
+    if asked_steps(job.settings.tune) is not None:
+        check_options(job, _options(job.settings))
+
+
+def _options(settings: Settings) -> TuneOptions:
+    return TuneOptions(augmentations=settings.augment, labels=settings.tune_labels)
+
+
 def lessons_of(job: Job) -> Job:
     """The job with the samples that `samples` leaves over dealt to its fit split."""
     rest = np.setdiff1d(np.arange(len(job.data)), np.concatenate([job.splits.choose, job.splits.verify]))
@@ -61,13 +76,13 @@ def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Prog
         progress: shows how far it is.
 
     Raises:
-        InputError: nothing can be tuned, or a setting is unknown.
+        InputError: as `check_tuning`.
     """
     steps = asked_steps(job.settings.tune)
     if steps is None:
         return None
     taught = lessons_of(job)
-    options = TuneOptions(augmentations=job.settings.augment, labels=job.settings.tune_labels)
+    options = _options(job.settings)
     if isinstance(steps, str):
         least, most = _AUTO_STEPS
         steps = int(np.clip(_AUTO_EPOCHS * len(taught.splits.fit) / options.batch, least, most))

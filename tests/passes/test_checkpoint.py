@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from intaglio.passes.checkpoint import Checkpoint, fingerprint
+from intaglio.passes.checkpoint import KEPT, Checkpoint, fingerprint
 
 
 def test_a_state_comes_back_as_it_was_and_the_last_one_wins(tmp_path: Path) -> None:
@@ -68,6 +69,36 @@ def test_a_folder_that_cannot_be_written_is_reported_once(tmp_path: Path, caplog
         file.save({"a": np.arange(3)})
         file.save({"a": np.arange(3)})
     assert caplog.text.count("cannot write checkpoint") == 1
+
+
+def test_the_oldest_of_a_kind_make_room(tmp_path: Path) -> None:
+    others = [tmp_path / "menu-1.npz", tmp_path / "tune.txt"]
+    for other in others:
+        other.write_text("of another kind")
+    for number in range(KEPT + 3):
+        Checkpoint(tmp_path / f"tune-{number}.npz").save({"a": np.arange(3)})
+        os.utime(tmp_path / f"tune-{number}.npz", (number, number))
+    last = Checkpoint(tmp_path / f"tune-{KEPT + 3}.npz")
+    last.save({"a": np.arange(3)})
+    expected = [f"tune-{number}.npz" for number in range(4, KEPT + 4)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*expected, *(other.name for other in others)])
+
+
+def test_a_save_that_is_broken_off_leaves_the_last_state_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = Checkpoint(tmp_path / "state.npz")
+    file.save({"a": np.arange(3)})
+
+    def broken(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "savez", broken)
+        with pytest.raises(KeyboardInterrupt):
+            file.save({"a": np.arange(4)})
+    assert [path.name for path in tmp_path.iterdir()] == ["state.npz"]
+    found = file.load()
+    assert found is not None
+    np.testing.assert_array_equal(found["a"], np.arange(3))
 
 
 def test_fingerprints_tell_apart_what_differs() -> None:

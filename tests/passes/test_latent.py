@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from intaglio.ops.emit import Spec
 from intaglio.ops.storage import STORAGES
 from intaglio.ops.storage.planes import Planes
-from intaglio.passes.latent import Latent, Levelled, Rounded, latent_of, scattered, within_cells
+from intaglio.passes.latent import Latent, Levelled, Rounded, latent_of, scattered, settled, within_cells
 from tests.models import Array, normal
 
 SHAPES = ((6, 5, 3, 3), (7, 40), (40, 7), (33,))
@@ -150,3 +150,26 @@ def test_a_start_within_the_cells_is_as_stored_and_nearer_to_the_aim(name: str) 
         start = within_cells(latent, aim)
         np.testing.assert_array_equal(projected(latent, start.copy()), STORAGES[name].decode(packed, spec))
         assert np.linalg.norm(start - aim) < 0.7 * np.linalg.norm(latent.start - aim)
+
+
+@pytest.mark.parametrize("name", ["int3", "int4-b32-asym", "kmeans3", "planes2.5"])
+@given(st.integers(0, 50))
+@settings(max_examples=5, deadline=None)
+def test_settled_entries_keep_their_levels_and_leave_the_borders(name: str, seed: int) -> None:
+    latent, _, _ = stored(name, (6, 40), 0)
+    start = within_cells(latent, latent.start)
+    moved = start + np.float32(0.8 * latent.unit()) * normal(seed, len(start))
+    levels = projected(latent, moved).reshape(-1)
+    found = settled(latent, moved, start)
+    np.testing.assert_array_equal(projected(latent, found.copy()).reshape(-1), levels)
+    stayed = levels == projected(latent, start.copy()).reshape(-1)
+    assert stayed.any()
+    assert not stayed.all()
+    assert np.mean(found[stayed] == start[stayed]) > 0.6  # not where codes of variable width would outgrow their bytes
+    assert np.abs(found - levels).sum() < np.abs(moved - levels).sum()
+
+
+def test_floats_have_no_borders_to_leave() -> None:
+    latent, _, _ = stored("float", (6, 40), 0)
+    moved = latent.start + 1
+    np.testing.assert_array_equal(settled(latent, moved, latent.start), moved)

@@ -31,7 +31,7 @@ def sequences() -> Job:
 
 def test_an_epoch_shows_every_sample_in_another_order_each_time() -> None:
     course = Lessons(job(), ["logits"], 15)
-    steps = int(course.epoch_steps)
+    steps = course.epoch
     epochs = [[index for step in range(steps) for index in course.at(epoch * steps + step)[0].indices] for epoch in range(2)]
     assert [sorted(epoch) for epoch in epochs] == [list(job().splits.fit)] * 2
     assert epochs[0] != epochs[1]
@@ -66,7 +66,22 @@ def test_answers_that_do_not_fit_in_memory_are_asked_for_again(monkeypatch) -> N
 
 def test_a_batch_holds_samples_of_one_length_without_their_padding() -> None:
     course = Lessons(sequences(), ["y"], 8)
-    shown = [course.at(step)[0] for step in range(int(course.epoch_steps))]
+    shown = [course.at(step)[0] for step in range(course.epoch)]
     assert {lesson.feed["input_ids"].shape[1] for lesson in shown} == {4, 7, 12}
     assert {int(index) for lesson in shown for index in lesson.indices} == set(sequences().splits.fit.tolist())
     assert all(lesson.answers["y"].shape[:2] == lesson.feed["input_ids"].shape for lesson in shown)
+
+
+def test_a_limited_course_shows_as_many_samples_per_step_in_more_lessons() -> None:
+    course = Lessons(job(), ["logits"], 16)
+    course.limit(4)
+    assert course.runs == 4
+    assert [len(lesson.indices) for lesson in course.at(3)] == [4] * 4
+    shown = [index for number in range(course.epoch // 4) for lesson in course.at(number) for index in lesson.indices]
+    assert len(set(shown)) == len(shown) <= len(job().splits.fit)
+
+
+def test_the_widest_lesson_holds_the_largest_arrays() -> None:
+    lesson = Lessons(sequences(), ["y"], 8).widest(4)
+    assert lesson.feed["input_ids"].shape == (4, 12)
+    assert lesson.answers["y"].shape == (4, 12, 16)

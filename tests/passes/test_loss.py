@@ -16,6 +16,7 @@ from intaglio.passes.differentiate import differentiate
 from intaglio.passes.divergence import Kind
 from intaglio.passes.errors import InputError
 from intaglio.passes.loss import (
+    CosineDistance,
     CrossEntropy,
     Named,
     SquaredError,
@@ -220,3 +221,24 @@ def test_an_open_batch_stays_open_and_old_models_are_converted() -> None:
 def test_terms_that_make_no_sense_are_refused(terms: list[Term], reason: str) -> None:
     with pytest.raises(InputError, match=reason):
         with_loss(scores((3, 4)), terms)
+
+
+@settings(max_examples=12)
+@given(case=st.sampled_from(SHAPES), seed=st.integers(0, 99))
+def test_cosine_distance_looks_at_directions_alone(case: tuple[tuple[int, ...], int], seed: int) -> None:
+    shape, axis = case
+    rng = np.random.default_rng(seed)
+    x, teacher = rng.standard_normal(shape), rng.standard_normal(shape)
+    loss, gradient = value_and_gradient(scores(shape), [CosineDistance("y")], {"x": x, "teacher": teacher})
+    lengths = np.linalg.norm(x, axis=axis) * np.linalg.norm(teacher, axis=axis)
+    assert abs(loss - (1 - (x * teacher).sum(axis) / lengths).mean()) < EXACT
+    np.testing.assert_allclose((gradient * x).sum(axis), 0, atol=EXACT)  # nothing is gained by a change of length
+    longer, _ = value_and_gradient(scores(shape), [CosineDistance("y")], {"x": 3 * x, "teacher": teacher})
+    assert abs(longer - loss) < EXACT
+
+
+def test_a_vector_of_zeros_counts_as_orthogonal() -> None:
+    built = with_loss(scores((2, 3)), [CosineDistance("y", axis=-1)])
+    teacher = np.array([[1.0, 0, 0], [0, 0, 0]])
+    found = ReferenceEvaluator(built.proto).run([built.loss], {"x": np.zeros((2, 3)), "teacher": teacher})[0]
+    assert found == 1

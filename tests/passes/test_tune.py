@@ -2,46 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.passes import adam, course
+from intaglio.passes import tune as module
+from intaglio.passes.blockwise import BlockPoint, Blockwise
 from intaglio.passes.build import Fitted, finish, fit_forms
+from intaglio.passes.checkpoint import Checkpoint
+from intaglio.passes.course import Course
 from intaglio.passes.errors import InputError
 from intaglio.passes.job import Job, Settings, open_job
-from intaglio.passes.rewrite import declines
+from intaglio.passes.learner import Learner
 from intaglio.passes.save import serialized_size
 from intaglio.passes.student import make_student
-from intaglio.passes.tune import TuneOptions, TuneResult, _Course, tune
+from intaglio.passes.tune import TuneResult, tune
 from intaglio.passes.verify import compare
-from tests.models import classifier, normal, parse
-
-T = TypeVar("T")
-
-OPTIONS = TuneOptions(batch=32, rate=1e-2, evaluations=5)
-COARSE = Form("dense", (), "int3")
-
-
-@cache
-def job() -> Job:
-    proto, data = classifier(400)
-    return open_job(proto, {"x": data["x"], "labels": data["labels"]}, Settings(labels="labels"))
-
-
-def plan(form: Form, opened: Job | None = None) -> dict[str, Form]:
-    return {site.name: form if declines(site, form) is None else UNCHANGED for site in (opened or job()).sites}
-
-
-@cache
-def fitted(form: Form = COARSE) -> Fitted:
-    return fit_forms(job(), plan(form), keep=True)
+from tests.models import normal, parse
+from tests.passes.students import COARSE, OPTIONS, Stopper, assert_same, fitted, job, plan
 
 
 @cache
@@ -55,34 +41,10 @@ def divergence(what: Fitted, forms: dict[str, Form], opened: Job | None = None) 
     return compare(opened.original, model, opened.data, opened.splits.choose, opened.calibration).divergence
 
 
-def arrays(result: TuneResult) -> list[np.ndarray]:
-    packs = [array for name in sorted(result.fitted.packed) for packs in result.fitted.packed[name] for array in packs]
-    return packs + [result.fitted.constants[name] for name in sorted(result.fitted.constants)]
-
-
-def assert_same(one: TuneResult, other: TuneResult) -> None:
-    for a, b in zip(arrays(one), arrays(other), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert [(p.step, p.divergence) for p in one.history] == [(p.step, p.divergence) for p in other.history]
-
-
-class Stopper:
-    """Progress that the user stops."""
-
-    def __init__(self, after: int) -> None:
-        self.after = after
-
-    def __call__(self, items: Iterable[T], what: str, count: int) -> Iterator[T]:
-        for number, item in enumerate(items):
-            if number == self.after:
-                raise KeyboardInterrupt
-            yield item
-
-
 def test_the_written_model_diverges_less_at_the_same_size_on_samples_that_were_not_trained_on() -> None:
     result, forms = tuned(), plan(COARSE)
     assert result.improved
-    assert result.after < 0.7 * result.before  # three bits leave much to gain: a gradient of the wrong sign or size gains nothing
+    assert result.after < 0.8 * result.before  # three bits leave much to gain: a gradient of the wrong sign or size gains nothing
     before, after = divergence(fitted(), forms), divergence(result.fitted, forms)
     # What was measured on the student is what the written model does, to float32 sums in another order
     np.testing.assert_allclose((result.before, result.after), (before, after), rtol=1e-3)
@@ -119,8 +81,7 @@ def test_an_interrupted_run_keeps_its_best_and_goes_on_bit_by_bit(after: int, tm
     resumed = tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS)
     assert not resumed.interrupted
     assert_same(resumed, tuned())
-    again = tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS, progress=Stopper(0))  # nothing is left to do
-    assert_same(again, tuned())
+    assert not list(tmp_path.iterdir())  # a run that came to its end leaves nothing to go on from
 
 
 def test_the_best_of_several_rates_is_found_and_leaves_no_trace() -> None:
@@ -148,7 +109,7 @@ def test_patience_ends_a_run_that_gets_no_better() -> None:
 )
 def test_every_kind_of_array_learns(form: Form) -> None:
     result = tune(job(), plan(form), fitted(form), steps=60, options=replace(OPTIONS, constants=False, rate=3e-3))
-    assert result.after < 0.9 * result.before
+    assert result.after < 0.95 * result.before
     assert divergence(result.fitted, plan(form)) < 0.95 * divergence(fitted(form), plan(form))
 
 
@@ -161,55 +122,6 @@ def test_a_model_in_integers_learns_about_its_rounded_activations() -> None:
     assert divergence(result.fitted, forms) < 0.7 * divergence(start, forms)
 
 
-def test_labels_and_values_between_take_part() -> None:
-    for options in (replace(OPTIONS, labels=0.5), replace(OPTIONS, matched=("rc",), matching=0.1)):
-        course = _Course(job(), make_student(job(), plan(COARSE), fitted()), options)
-        plain = _Course(job(), make_student(job(), plan(COARSE), fitted()), OPTIONS)
-        assert course.learn(0) > plain.learn(0)
-        assert not np.allclose(course.gradient, plain.gradient)
-
-
-def test_the_gradient_is_the_slope_of_the_loss() -> None:
-    """Of float factors, which nothing rounds; central differences of a float32 loss, along the gradient, give two digits or more."""
-    form = Form("lowrank", (6,), "float", "contract")
-    course = _Course(job(), make_student(job(), plan(form), fitted(form)), OPTIONS)
-    start = course.flat.copy()
-    course.learn(0)
-    gradient = course.gradient.copy()
-    for parameter in course.student.parameters.values():
-        direction = np.zeros_like(gradient)
-        direction[parameter.part] = gradient[parameter.part] / np.linalg.norm(gradient[parameter.part])
-        size, losses = np.float32(1e-3 * parameter.latent.unit()), []
-        for side in (size, -size):
-            course.flat[...] = start + side * direction
-            losses.append(course.learn(0))
-        np.testing.assert_allclose((losses[0] - losses[1]) / (2 * size), gradient @ direction, rtol=1e-2)
-
-
-def test_a_model_of_a_fixed_batch_sees_a_whole_batch_per_step() -> None:
-    """The mean gradient over single samples is the gradient of the batch, to float32 sums in another order."""
-    opened = job()
-    fixed = onnx.ModelProto()
-    fixed.CopyFrom(opened.original.proto)
-    for value in (*fixed.graph.input, *fixed.graph.output):
-        value.type.tensor_type.shape.dim[0].dim_value = 1
-    x = classifier(400)[1]["x"][:40]
-    single = open_job(fixed, {"x": x}, Settings())
-    forms = plan(COARSE, single)
-    course = _Course(single, make_student(single, forms, fit_forms(single, forms, keep=True)), OPTIONS)
-    assert course.lessons.runs == 32
-    shown = np.concatenate([lesson.indices for lesson in course.lessons.at(0)])
-    assert len(shown) == 32
-    course.learn(0)
-    found, total = course.gradient.copy(), np.zeros_like(course.gradient)
-    lessons = course.lessons.at(0)
-    for lesson in lessons:
-        course.lessons.at = lambda _, lesson=lesson: [lesson]  # type: ignore[method-assign,misc]
-        course.learn(0)
-        total += course.gradient
-    np.testing.assert_allclose(found, total / len(lessons), rtol=1e-4, atol=1e-6 * np.abs(total).max())
-
-
 def test_outputs_that_are_values_are_matched_by_their_squares() -> None:
     text = "g (float[N, S, 16] x) => (float[N, S, 16] y) { h = MatMul (x, w) r = Relu (h) y = MatMul (r, v) }"
     proto = parse(text, {"w": normal(1, 16, 24), "v": normal(2, 24, 16)})
@@ -220,24 +132,49 @@ def test_outputs_that_are_values_are_matched_by_their_squares() -> None:
 
 
 def test_bad_requests_are_refused_with_a_remedy() -> None:
-    bare = open_job(classifier()[0], {"x": classifier()[1]["x"]}, Settings())
-    requests: list[tuple[Job, int, TuneOptions, str]] = [
-        (job(), 0, OPTIONS, "0 steps"),
-        (job(), 1, replace(OPTIONS, augmentations=("spin",)), "'spin' is unknown"),
-        (job(), 1, replace(OPTIONS, labels=1.0, augmentations=("mixup",)), "mixed samples have no label"),
-        (bare, 1, replace(OPTIONS, labels=1.0), "the data has none"),
-    ]
-    for opened, steps, options, message in requests:
+    for steps, options, message in ((0, OPTIONS, "0 steps"), (1, replace(OPTIONS, augmentations=("spin",)), "'spin' is unknown")):
         with pytest.raises(InputError, match=message):
-            tune(opened, plan(COARSE), fitted(), steps=steps, options=options)
+            tune(job(), plan(COARSE), fitted(), steps=steps, options=options)
 
 
-def test_a_model_without_gradients_is_refused() -> None:
-    text = "g (float[N, 16] x) => (float[N, 24] y) { h = MatMul (x, w) s = Sign (h) y = Mul (s, s) }"
+UNTAUGHT = {
+    "g (float[N, 16] x) => (float[N, 24] y) { h = MatMul (x, w) s = Sign (h) y = Mul (s, s) }": "no gradient reaches any parameter",
+    "g (float[N, 16] x) => (int64[N, 24] y) { h = MatMul (x, w) y = Cast <to = 7> (h) }": "no output of the model holds floats",
+}
+
+
+@pytest.mark.parametrize("text", UNTAUGHT)
+def test_what_cannot_be_taught_stays_as_it_is_and_says_why(text: str) -> None:
     opened = open_job(parse(text, {"w": normal(1, 16, 24)}), {"x": normal(3, 40, 16)}, Settings())
     forms = plan(COARSE, opened)
-    with pytest.raises(InputError, match="no gradient reaches any parameter"):
-        tune(opened, forms, fit_forms(opened, forms, keep=True), steps=1, options=OPTIONS)
+    start = fit_forms(opened, forms, keep=True)
+    result = tune(opened, forms, start, steps=1, options=OPTIONS)
+    assert UNTAUGHT[text] in str(result.reason)
+    assert (result.improved, result.steps, result.history, result.fitted) == (False, 0, (), start)
+
+
+def test_a_plan_with_nothing_to_tune_says_so() -> None:
+    forms = dict.fromkeys(plan(COARSE), UNCHANGED)
+    result = tune(job(), forms, fit_forms(job(), forms, keep=True), steps=1, options=replace(OPTIONS, constants=False))
+    assert (result.improved, result.reason) == (False, "the plan leaves nothing to be tuned")
+
+
+def test_a_runtime_that_gives_up_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As for want of memory in the midst of a run."""
+    learn = Learner.learn
+
+    def failing(learner: Learner, feeds: Any) -> float:
+        if learner.steps_left == 0:  # type: ignore[attr-defined]
+            raise InputError("model 'net' fails when run: out of memory")
+        learner.steps_left -= 1  # type: ignore[attr-defined]
+        return learn(learner, feeds)
+
+    monkeypatch.setattr(Learner, "steps_left", 30, raising=False)
+    monkeypatch.setattr(Learner, "learn", failing)
+    result = tune(job(), plan(COARSE), fitted(), steps=60, options=OPTIONS)
+    assert (result.steps, result.interrupted) == (30, False)
+    assert "out of memory" in str(result.reason)
+    assert [point.divergence for point in result.history] == [point.divergence for point in tuned().history[:3]]
 
 
 # --- checkpoints that do not fit, interrupts between a step and its measurement
@@ -246,16 +183,16 @@ def test_a_model_without_gradients_is_refused() -> None:
 def test_a_run_that_was_stopped_while_it_measured_makes_up_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the last measurement, after which no step is left."""
     cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
-    measure, calls = _Course.divergence, []
+    measure, calls = Course.divergence, []
 
-    def stopping(course: _Course) -> float:
+    def stopping(course: Course) -> float:
         calls.append(1)
         if len(calls) == 6:
             raise KeyboardInterrupt
         return measure(course)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_Course, "divergence", stopping)
+        patch.setattr(Course, "divergence", stopping)
         stopped = tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS)
     assert (stopped.interrupted, stopped.steps, stopped.history[-1].step) == (True, 60, 48)
     assert_same(tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS), tuned())
@@ -286,22 +223,22 @@ def test_other_labels_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
     other = replace(cached, data=replace(cached.data, label_values=cached.data.label_values[::-1]))  # type: ignore[index]
     for opened in (cached, other):
-        tune(opened, plan(COARSE), fitted(), steps=1, options=replace(OPTIONS, labels=0.5))
+        tune(opened, plan(COARSE), fitted(), steps=2, options=replace(OPTIONS, labels=0.5), progress=Stopper(1))
     assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_steps_without_a_finite_gradient_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Adam leaves them out; a run that goes on must not make them again."""
     cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
-    learn = _Course.learn
+    learn = Course.learn
 
-    def broken(course: _Course, step: int) -> float:
+    def broken(course: Course, step: int) -> float:
         loss = learn(course, step)
         if step % 2:
             course.gradient[0] = np.nan
         return loss
 
-    monkeypatch.setattr(_Course, "learn", broken)
+    monkeypatch.setattr(Course, "learn", broken)
     whole = tune(job(), plan(COARSE), fitted(), steps=12, options=OPTIONS)
     tune(cached, plan(COARSE), fitted(), steps=12, options=OPTIONS, progress=Stopper(5))
     resumed = tune(cached, plan(COARSE), fitted(), steps=12, options=OPTIONS)
@@ -309,9 +246,102 @@ def test_steps_without_a_finite_gradient_count(tmp_path: Path, monkeypatch: pyte
     assert_same(resumed, whole)
 
 
-# --- data of every kind
+# --- Ctrl-C at any time
 
-LINEAR = "g (float[N, 16] x) => (float[N, 24] logits) { logits = MatMul (x, w) }"
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, also where tests run in the background and it would be ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def interrupting(function: Callable[..., Any], call: int) -> Callable[..., Any]:
+    """The function, in the midst of one call of which Ctrl-C is pressed."""
+    calls = []
+
+    def interrupted(*given: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGINT)
+        return function(*given, **options)
+
+    return interrupted
+
+
+PLACES = {
+    "a student that is built": (module, "make_student", 1),
+    "a model that is differentiated": (course, "slope_of", 1),
+    "the first measurement": (Course, "divergence", 1),
+    "a step's gradient": (Learner, "_collect", 20),
+    "a step's average of gradients": (adam, "_average", 40),
+    "a step's average of squares": (adam, "_average", 41),
+    "a later measurement": (Course, "divergence", 3),
+    "a result that is kept": (module._Run, "_consider", 2),
+    "a checkpoint": (Checkpoint, "save", 7),
+}
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("place", PLACES)
+def test_an_interrupt_loses_nothing_wherever_it_comes(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    options = replace(OPTIONS, save_s=0)
+    owner, name, call = PLACES[place]
+    with monkeypatch.context() as patch:
+        patch.setattr(owner, name, interrupting(getattr(owner, name), call))
+        stopped = tune(cached, plan(COARSE), fitted(), steps=60, options=options)
+    assert stopped.interrupted
+    best = min((point.divergence for point in stopped.history), default=np.nan)
+    np.testing.assert_array_equal(stopped.after, best)
+    resumed = tune(cached, plan(COARSE), fitted(), steps=60, options=options)
+    assert_same(resumed, tuned())
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("call", [2, 9, 30])
+def test_an_interrupt_between_rates_puts_everything_back(call: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    options = replace(OPTIONS, rates=(1e-9, 1e-2, 1e3), rate=None)
+    with monkeypatch.context() as patch:
+        patch.setattr(adam, "_average", interrupting(adam._average, call))
+        stopped = tune(cached, plan(COARSE), fitted(), steps=60, options=options)
+    assert (stopped.interrupted, stopped.steps) == (True, 0)
+    assert stopped.improved == (stopped.after < stopped.before)
+    assert_same(tune(cached, plan(COARSE), fitted(), steps=60, options=options), tuned())
+
+
+@pytest.mark.usefixtures("interruptible")
+def test_blocks_are_taught_first_and_go_on_where_they_were_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    options = replace(OPTIONS, block_steps=100, block_rate=3e-3)
+    whole = tune(job(), plan(COARSE), fitted(), steps=20, options=options)
+    assert len(whole.blocks) == 5
+    assert all(point.after <= point.before for point in whole.blocks)
+    assert [point.step for point in whole.history[:3]] == [0, 0, 4]
+    with monkeypatch.context() as patch:
+        patch.setattr(adam, "_average", interrupting(adam._average, 2 * 350))
+        stopped = tune(cached, plan(COARSE), fitted(), steps=20, options=options)
+    assert (stopped.interrupted, len(stopped.blocks)) == (True, 3)
+    resumed = tune(cached, plan(COARSE), fitted(), steps=20, options=options)
+    assert resumed.blocks == whole.blocks
+    assert_same(resumed, whole)
+
+
+def test_blocks_that_make_it_worse_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks that boast of what they have reached, with parameters far from anything."""
+
+    def boasting(blocks: Blockwise, _: object, __: int) -> Iterator[tuple[BlockPoint, np.ndarray]]:
+        yield BlockPoint("a", 1.0, 0.5), np.zeros_like(blocks._course.flat)
+
+    monkeypatch.setattr(Blockwise, "teach", boasting)
+    result = tune(job(), plan(COARSE), fitted(), steps=60, options=replace(OPTIONS, block_steps=1))
+    assert result.history[1].divergence > result.before
+    assert [(p.step, p.divergence) for p in result.history[2:]] == [(p.step, p.divergence) for p in tuned().history[1:]]
+
+
+# --- data of every kind
 
 
 @pytest.mark.parametrize(
@@ -330,28 +360,6 @@ def test_types_that_are_not_float32_pass_by(text: str, inputs: str) -> None:
     result = tune(opened, forms, fit_forms(opened, forms, keep=True), steps=10, options=OPTIONS)
     assert len(result.history) > 1
     assert result.history[-1].divergence != result.before
-
-
-def test_labels_in_a_column_are_labels() -> None:
-    found = []
-    for shape in ((40,), (40, 1)):
-        data = {"x": normal(3, 40, 16), "labels": (np.arange(40) % 24).reshape(shape)}
-        opened = open_job(parse(LINEAR, {"w": normal(1, 16, 24)}), data, Settings(labels="labels"))
-        forms = plan(COARSE, opened)
-        student = make_student(opened, forms, fit_forms(opened, forms, keep=True))
-        found.append(_Course(opened, student, replace(OPTIONS, labels=0.5)).learn(0))
-    assert found[0] == found[1]
-
-
-def test_an_examination_that_does_not_fit_in_memory_is_run_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    course = _Course(job(), make_student(job(), plan(COARSE), fitted()), OPTIONS)
-    expected = course.divergence()
-    assert course.divergence() == expected
-    assert course._exam is not None
-    monkeypatch.setattr("intaglio.passes.tune.KEPT_BYTES", 1000)
-    lean = _Course(job(), make_student(job(), plan(COARSE), fitted()), OPTIONS)
-    assert [lean.divergence(), lean.divergence()] == [expected, expected]
-    assert lean._exam is None
 
 
 def test_more_lessons_leave_the_student_as_finish_calibrates_it(monkeypatch: pytest.MonkeyPatch) -> None:
