@@ -9,7 +9,7 @@ import onnx
 
 from intaglio.passes.apply import apply_plan
 from intaglio.passes.budget import Request
-from intaglio.passes.check import check_labels, check_request, check_settings
+from intaglio.passes.check import check_request, check_settings, check_together
 from intaglio.passes.data import Source
 from intaglio.passes.inspect import Inspection, inspect_job, inspect_model
 from intaglio.passes.job import Settings, open_job
@@ -53,6 +53,7 @@ def compress(
     tune: int | str | None = None,
     augment: Sequence[str] = (),
     tune_labels: float = 0.0,
+    rounds: int | str | None = None,
     samples: int | None = None,
     seed: int = 0,
     cache: str | Path | None = None,
@@ -86,6 +87,7 @@ def compress(
         tune: steps of tuning the result against the original's outputs, or "auto"; kept only if it helps.
         augment: random changes of tuned images: "flip", "shift", "crop", "mixup".
         tune_labels: weight of the cross-entropy to labels while tuning, against 1 for the original's outputs.
+        rounds: in how many steps `size` and `latency` are approached, each with an analysis and a tuning of its own, or "auto".
         samples: most samples that choices are made on; tuning has those left over too. All by default.
         seed: of every random choice.
         cache: folder of measured latencies; None keeps them in memory. `default_folder()` is the command line's.
@@ -120,10 +122,11 @@ def compress(
         tune=tune,
         augment=tuple(augment),
         tune_labels=tune_labels,
+        rounds=rounds,
     )
     check_settings(settings)
     check_request(request)
-    check_labels(request, settings)
+    check_together(request, settings)
     return Result(compress_job(open_job(model, data, settings), request))
 
 

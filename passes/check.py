@@ -14,6 +14,7 @@ from .job import Settings
 from .metric import METRICS
 from .presets import goal_of
 from .ranges import METHODS
+from .rounds import asked_rounds
 from .session import check_providers
 from .targets import TARGETS
 from .tuning import asked_steps
@@ -72,12 +73,13 @@ def check_request(request: Request) -> None:
         resolve(Request(size=goal.size), 1, Cost(1, 1.0, 0.0))
 
 
-def check_labels(request: Request, settings: Settings) -> None:
-    """Raise where a preset is asked for and no labels are, or tuning too.
+def check_together(request: Request, settings: Settings) -> None:
+    """Raise where settings do not go with what is asked for.
 
     Raises:
-        InputError: there are none, or tuning is asked for as well.
+        InputError: a preset without labels or with tuning, or rounds that have nothing to approach.
     """
+    asked_rounds(settings.rounds, request, settings.tune)
     if goal_of(request) is not None and settings.labels is None:
         raise InputError("--preset and --drop need labels; name the array of the data that holds them with --labels")
     if goal_of(request) is not None and asked_steps(settings.tune) is not None:

@@ -20,6 +20,9 @@ from .errors import InputError
 _TINY = 1e-12
 """Probabilities below this are taken as this, so that a confident zero costs a finite number of nats."""
 
+_NARROW_FLOATS = frozenset({"bfloat16", "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz"})
+"""Floats that NumPy itself does not know as such."""
+
 _PASSING = frozenset({"Reshape", "Flatten", "Squeeze", "Unsqueeze", "Identity", "Cast", "Dropout", "Transpose"})
 
 
@@ -140,7 +143,7 @@ def _classes(scores: NDArray[np.generic]) -> NDArray[np.float64]:
 def _compare(kind: Kind, reference: NDArray[np.generic], candidate: NDArray[np.generic]) -> tuple[float, float]:
     """Summed divergence and what to divide it by."""
     if kind == Kind.VALUES:
-        if (not np.issubdtype(reference.dtype, np.number) and reference.dtype != np.bool_) or reference.dtype.kind in "iub":
+        if reference.dtype.kind not in "fc" and reference.dtype.name not in _NARROW_FLOATS:
             return float((reference != candidate).sum()), float(reference.size)
         a, b = np.asarray(reference, np.float64), np.asarray(candidate, np.float64)
         finite = np.isfinite(a)

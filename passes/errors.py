@@ -25,3 +25,15 @@ class VerificationError(IntaglioError):
     """The compressed model does not keep its promise on held-out data."""
 
     exit_status = 4
+
+
+class LateError(VerificationError):
+    """It keeps all but its latency budget.
+
+    Attributes:
+        excess: its latency over the budget's, above 1.
+    """
+
+    def __init__(self, message: str, excess: float) -> None:
+        super().__init__(message)
+        self.excess = excess

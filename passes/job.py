@@ -57,6 +57,7 @@ class Settings:
         tune: steps of tuning against the original's outputs, or "auto"; None for none.
         augment: random changes of the images that are tuned on; see `passes.augment`.
         tune_labels: weight of the cross-entropy to labels while tuning.
+        rounds: in how many steps budgets are approached, each with an analysis and a tuning of its own, or "auto"; None for one.
         samples: most samples used; None for all.
         seed: of every random choice.
         cache: folder of the cache; None for none.
@@ -84,6 +85,7 @@ class Settings:
     tune: str | int | None = None
     augment: tuple[str, ...] = ()
     tune_labels: float = 0.0
+    rounds: str | int | None = None
 
     def allowed(self) -> Allowed:
         """The forms that the user and the target admit.
@@ -131,6 +133,8 @@ class Job:
         equalized: whether channels of `model` are rescaled for integers.
         slopes: by site name, first-order terms of the labelled loss by which low ranks choose what they keep: (groups, m, n) as in
             `ops.moment.Moment.slope`.
+        teacher: the canonical original, where `model` has been compressed and tuned already; None where `model` is that itself.
+        lineage: digest of how `model` was made from the canonical original; empty where it is that itself.
     """
 
     original: Model
@@ -149,6 +153,13 @@ class Job:
     clock: Clock
     equalized: bool = False
     slopes: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
+    teacher: Model | None = None
+    lineage: str = ""
+
+    @property
+    def reference(self) -> Model:
+        """The model whose outputs are right, with the values of the canonical one."""
+        return self.teacher or self.model
 
     @property
     def external(self) -> bool:

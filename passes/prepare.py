@@ -49,7 +49,7 @@ def equalized(job: Job, *, always: bool = False) -> Job:
         model, _ = equalize(job.model, job.sites, moments)
         if model is job.model:
             return job
-        twin = _reopened(job, model)
+        twin = replace(reopened(job, model), equalized=True)
         if not always:
             before, after = _rounded_divergence(job, moments), _rounded_divergence(twin, moments)
             if after >= CLEARLY_LESS * before:
@@ -57,11 +57,11 @@ def equalized(job: Job, *, always: bool = False) -> Job:
     return twin
 
 
-def _reopened(job: Job, model: Model) -> Job:
-    """The job on another model with the same values."""
+def reopened(job: Job, model: Model) -> Job:
+    """The job on another model with the same sites and values."""
     found = {site.name: site for site in find_sites(model)}
     sites = Sites(tuple(found[site.name] for site in job.sites), job.sites.skipped)
-    return replace(job, model=model, sites=sites, carriers=find_carriers(model) if job.carriers else (), equalized=True)
+    return replace(job, model=model, sites=sites, carriers=find_carriers(model) if job.carriers else ())
 
 
 def _rounded_divergence(job: Job, moments: dict[str, Moment]) -> float:

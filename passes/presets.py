@@ -21,9 +21,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from intaglio.ops.form import PRUNED, UNCHANGED, Form
+from intaglio.ops.form import PRUNED, UNCHANGED
 from intaglio.ops.moment import Moment
-from intaglio.ops.storage import STORAGES
 from intaglio.solver import Budget
 
 from .analyse import Linear, analyse, measured_sites
@@ -31,19 +30,19 @@ from .budget import Request, resolve
 from .build import Fitted, finish, fit_forms
 from .cache import Cache
 from .curvature import output_metrics
+from .decoded import decoded_model, decoded_weight
 from .errors import InfeasibleError, InputError, VerificationError
-from .fit import rebuilt
 from .gradients import Gradients, measure_gradients
 from .job import Job
 from .linear import JointFinding, joint_finding
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
-from .pipeline import FARTHEST_OFF, Outcome, compress_job, plan_within, verified
+from .pipeline import Outcome, compress_job, verified
 from .plan import Correction, Menu, Plan
 from .price import SizePricer
 from .recall import Finding
-from .rewrite import Fragment, array_specs, array_storages, rewrite
+from .search import FARTHEST_OFF, plan_within
 from .sites import Site
 from .task import Standing, Step, TaskOutcome, check_task, gain, loss_change, stand, unit_loss
 from .verify import compare
@@ -399,7 +398,7 @@ class _Terms:
         if self._at is None or form == UNCHANGED or form.decomposition == PRUNED:
             return folds
         weight = site.matrix(value)
-        change = _decoded(site, form, self._at.fitted) - weight
+        change = decoded_weight(site, form, self._at.fitted) - weight
         energy = moment.energy(weight)
         relative = moment.energy(change) / energy if energy > 0 else 0.0
         if relative <= 0:
@@ -407,30 +406,3 @@ class _Terms:
         steepness = finding.curves.truncation(relative) / relative
         pulled = moment.times(change) if moment.outputs is None else moment.outputs.times(moment.times(change))
         return np.asarray(folds - 2 * steepness / energy * pulled)
-
-
-def decoded_model(job: Job, forms: Mapping[str, Form], fitted: Fitted) -> Model:
-    """The job's model with every weight as its form decodes it: the same operators, so that gradients have the same names.
-
-    What is not a weight's own (pruned channels, activations in integers) is as in the original.
-
-    Args:
-        job: the job.
-        forms: by site name.
-        fitted: from `fit_forms` with `keep`.
-    """
-    fragments = {}
-    for site in job.sites:
-        form = forms.get(site.name, UNCHANGED)
-        if form == UNCHANGED or form.decomposition == PRUNED:
-            continue
-        weight = site.stored(_decoded(site, form, fitted))
-        fragments[site.name] = Fragment((), (), {site.anchor: weight}, {}, changes=fitted.fragments[site.name].changes)
-    return rewrite(job.model, fragments, job.sites.sites)
-
-
-def _decoded(site: Site, form: Form, fitted: Fitted) -> NDArray[np.float64]:
-    """Ŵ, (groups, m, n): the weight that a form's packed arrays stand for."""
-    specs = array_specs(site, form)
-    packs = zip(fitted.packed[site.name], specs, array_storages(form, len(specs)), strict=True)
-    return rebuilt(site, form, tuple(STORAGES[name].decode(packed, spec) for packed, (spec, _), name in packs))

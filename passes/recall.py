@@ -21,7 +21,7 @@ from .propose import Allowed, Proposal
 from .sensitivity import Curve, Sensitivity
 from .session import RUNTIME_VERSION
 
-REVISION = 10
+REVISION = 11
 """Counts up whenever proposals or curves come out differently for the same model and data."""
 
 _NAMESPACE = "analysis"
@@ -45,6 +45,7 @@ class Findings:
             [REVISION, __version__, RUNTIME_VERSION, machine()],
             [job.original.sha256, job.data.digest, [site.name for site in job.sites], [kind.value for kind in job.kinds]],
             [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration), job.equalized, job.settings.curvature],
+            job.lineage,
         )
 
     def get(self, site: str) -> Finding | None:

@@ -19,10 +19,10 @@ from .job import Job
 from .load import load
 from .model import Model
 from .options import Progress, silent
-from .pipeline import choose_within, plan_within
 from .plan import Correction, Plan
 from .prepare import equalized
 from .price import SizePricer
+from .search import choose_within, plan_within
 
 ROUNDS = 4
 """Most times that a plan is solved again because its exact bytes are over the sum of its candidates'."""

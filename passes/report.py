@@ -319,22 +319,26 @@ class TuningFacts:
         steps: made.
         rate: the highest rate.
         steps_per_s: training alone.
-        before: divergence of the student on choose samples at the start.
+        before: divergence of the student on choose samples at the start; None where it was not measured.
         after: the same of the best parameters.
         history: (step, mean loss since the last one, divergence) of every measurement.
         interrupted: whether the user stopped it.
         skipped: site name → why its arrays were not tuned.
+        reason: why nothing was tuned, or why tuning ended early; None where neither is so.
+        blocks: (last value, error before, error after) of each block that was taught by itself.
     """
 
     improved: bool
     steps: int
     rate: float
     steps_per_s: float
-    before: float
-    after: float
+    before: float | None
+    after: float | None
     history: tuple[tuple[int, float | None, float], ...]
     interrupted: bool
     skipped: Mapping[str, str]
+    reason: str | None
+    blocks: tuple[tuple[str, float, float], ...]
 
     @staticmethod
     def of(result: TuneResult) -> TuningFacts:
@@ -344,12 +348,36 @@ class TuningFacts:
             result.steps,
             result.rate,
             result.steps_per_s,
-            result.before,
-            result.after,
-            tuple((point.step, None if math.isnan(point.loss) else point.loss, point.divergence) for point in result.history),
+            _known(result.before),
+            _known(result.after),
+            tuple((point.step, _known(point.loss), point.divergence) for point in result.history),
             result.interrupted,
             dict(result.skipped),
+            result.reason,
+            tuple((point.exit, point.before, point.after) for point in result.blocks),
         )
+
+
+def _known(value: float) -> float | None:
+    """A number, or None where it was not measured."""
+    return None if math.isnan(value) else value
+
+
+@dataclass(frozen=True)
+class RoundFacts:
+    """A round before the last.
+
+    Attributes:
+        size_bytes: of its plan.
+        latency_s: that it was allowed; None where latency has no budget.
+        before: divergence from the original on choose samples, untuned.
+        after: the same, tuned.
+    """
+
+    size_bytes: int
+    latency_s: float | None
+    before: float
+    after: float
 
 
 @dataclass(frozen=True)
@@ -369,6 +397,7 @@ class Report:
         metric: None without labels.
         task: what a preset found; None without one.
         tuning: None where it was not asked for.
+        rounds: those before the last.
         solver: None for a plan that was edited by hand.
         data: which samples served what.
         statistics: convolutions whose statistics are sampled.
@@ -391,6 +420,7 @@ class Report:
     metric: MetricFacts | None
     task: TaskFacts | None
     tuning: TuningFacts | None
+    rounds: tuple[RoundFacts, ...]
     solver: SolverFacts | None
     data: DataFacts
     statistics: tuple[SampledFacts, ...]
@@ -461,6 +491,7 @@ def report(outcome: Outcome) -> Report:
         metric=MetricFacts.of(comparison),
         task=None if outcome.task is None else TaskFacts.of(outcome.task),
         tuning=None if outcome.tuning is None else TuningFacts.of(outcome.tuning),
+        rounds=tuple(RoundFacts(each.size_bytes, each.budget.latency_s, each.divergence, each.tuned) for each in outcome.rounds),
         solver=None
         if solution is None
         else SolverFacts(solution.status, solution.objective, solution.bound, solution.gap, solution.seconds, solution.candidates),

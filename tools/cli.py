@@ -129,6 +129,10 @@ Augment = Annotated[
 TuneLabels = Annotated[
     float, typer.Option(metavar="W", help="Weight of --labels while tuning, against 1 for the original.", rich_help_panel=_HOW)
 ]
+RoundsOption = Annotated[
+    str | None,
+    typer.Option("--rounds", metavar="N|auto", help="Approach --size and --latency in rounds, each with --tune.", rich_help_panel=_HOW),
+]
 Providers = Annotated[
     str, typer.Option(metavar="A,B,…", help="ONNX Runtime execution providers, in order of preference.", rich_help_panel=_HOW)
 ]
@@ -274,6 +278,7 @@ def compress(
     tune: Tune = None,
     augment: Augment = None,
     tune_labels: TuneLabels = 0.0,
+    rounds: RoundsOption = None,
     providers: Providers = CPU,
     threads: Threads = 1,
     labels: Labels = None,
@@ -293,7 +298,7 @@ def compress(
 
     Example: `intaglio compress model.onnx -o small.onnx --data calib.npz --size 0.25`
     """
-    from intaglio.passes.check import check_labels
+    from intaglio.passes.check import check_together
     from intaglio.passes.job import open_job
     from intaglio.passes.presets import compress as compress_job
     from intaglio.passes.report import Result
@@ -304,10 +309,10 @@ def compress(
     settings = _settings(
         target=target, providers=providers, threads=threads, labels=labels, metric=metric, loss=loss, kind=output_kind,
         include=include, exclude=exclude, decompositions=decompositions, storages=storages, arithmetics=arithmetics,
-        no_expand=no_expand, ranges=ranges, curvature=curvature, tune=tune, augment=augment, tune_labels=tune_labels, samples=samples,
-        seed=seed, cache=cache, no_cache=no_cache, output=output,
+        no_expand=no_expand, ranges=ranges, curvature=curvature, tune=tune, augment=augment, tune_labels=tune_labels, rounds=rounds,
+        samples=samples, seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
-    check_labels(request, settings)
+    check_together(request, settings)
     _check_outputs(output, report, [model, Path(data)])
     with shown(f"Compressing {model.name}", enabled=not json) as progress:
         result = Result(compress_job(open_job(model, data, settings), request, progress=progress))
@@ -524,6 +529,7 @@ def _settings(
     tune: str | None = None,
     augment: str | None = None,
     tune_labels: float = 0.0,
+    rounds: str | None = None,
     samples: int | None = None,
     seed: int = 0,
     cache: Path | None = None,
@@ -553,6 +559,7 @@ def _settings(
         tune=tune,
         augment=_names(augment),
         tune_labels=tune_labels,
+        rounds=rounds,
         samples=samples,
         seed=seed,
         cache=None if no_cache else cache or default_folder(),

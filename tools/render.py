@@ -10,7 +10,7 @@ from intaglio.ops.form import UNCHANGED, Form
 from intaglio.passes.inspect import Inspection
 from intaglio.passes.judge import Benchmark, Verdict
 from intaglio.passes.plan import Plan
-from intaglio.passes.report import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts
+from intaglio.passes.report import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts, TuningFacts
 
 NONE = "–"
 """Stands for a number that was not measured."""
@@ -186,13 +186,22 @@ def _totals(report: Report) -> str:
     lines = [] if report.task is None else _task_lines(report.task)
     if report.skipped:
         lines.append(f"{len(report.skipped)} other weights are left alone; `intaglio inspect` says why.")
+    for number, each in enumerate(report.rounds, 1):
+        lines.append(f"Round {number}: {each.size_bytes:,} B, divergence {each.before:.3g} → {each.after:.3g} on choose samples.")
     if report.tuning is not None:
-        found = report.tuning
-        outcome = "kept" if found.improved else "not kept: the untuned weights are written"
-        lines.append(f"Tuning: {found.steps} steps, divergence {found.before:.3g} → {found.after:.3g} on choose samples; {outcome}.")
+        lines.append(_tuning_line(report.tuning))
     if report.solver is not None:
         lines.append(f"The choice is {report.solver.status} within {report.solver.gap:.1g} of the best possible.")
     return "\n".join(lines)
+
+
+def _tuning_line(found: TuningFacts) -> str:
+    """What tuning reached, and why it was not more."""
+    outcome = "kept" if found.improved else "not kept: the untuned weights are written"
+    reason = f" ({found.reason})" if found.reason else ""
+    if found.before is None or found.after is None:
+        return f"Tuning: {outcome}{reason}."
+    return f"Tuning: {found.steps} steps, divergence {found.before:.3g} → {found.after:.3g} on choose samples; {outcome}{reason}."
 
 
 def _task_lines(task: TaskFacts) -> list[str]:

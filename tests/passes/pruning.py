@@ -9,14 +9,17 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from intaglio.ops.form import PRUNED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.pruning import block_indices
 from intaglio.passes.channels import find_channel_groups
 from intaglio.passes.cuts import Cut, cut_between, pruned_weight
 from intaglio.passes.data import input_specs, open_dataset
 from intaglio.passes.groups import ChannelGroup
+from intaglio.passes.job import Job
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
+from intaglio.passes.refit import channels_of
 from intaglio.passes.sites import Site, Sites, find_sites
 from tests.models import Array, assert_close, moments, normal, parse, run, with_weight
 
@@ -198,3 +201,18 @@ def assert_lossless(found: Found, names: list[str], feed: Mapping[str, Array], s
 
 def dims(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return {tensor.name: tuple(tensor.dims) for tensor in proto.graph.initializer}
+
+
+def pruned_plan(job: Job, writer: str) -> dict[str, Form]:
+    """A plan in which the channels that a site writes are cut as far as they may be, and everything is stored in four bits."""
+    channels = channels_of(job)
+    group = channels.groups[channels.writes[writer]]
+    keep = channels.levels(group.name)[-1]
+    forms = {}
+    for site in job.sites:
+        reads = channels.reads.get(site.name, ("", 1))[0] == group.name
+        writes = channels.writes.get(site.name) == group.name
+        inputs = site.shape[1] * keep // group.size if reads else site.shape[1]
+        pruned = Form(PRUNED, (inputs, keep if writes else site.shape[0]), "int4")
+        forms[site.name] = pruned if reads or writes else Form("dense", (), "int4")
+    return forms

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given
@@ -73,6 +74,13 @@ def test_equal_outputs_diverge_by_nothing() -> None:
 def test_integers_and_texts_count_disagreements() -> None:
     assert of(VALUES, ([np.array([1, 2, 3, 4])], [np.array([1, 2, 9, 9])])).value == 0.5
     assert of(VALUES, ([np.array(["a", "b"], object)], [np.array(["a", "c"], object)])).value == 0.5
+
+
+def test_narrow_floats_are_floats() -> None:
+    """bfloat16 is no number to NumPy; a small error must not count as a disagreement."""
+    a = np.array([1.0, 2.0], ml_dtypes.bfloat16)
+    b = np.array([1.0, 2.0625], ml_dtypes.bfloat16)
+    assert of(VALUES, ([a], [b])).value == pytest.approx(0.0625**2 / 5)
 
 
 def test_what_is_not_finite_is_infinitely_far() -> None:

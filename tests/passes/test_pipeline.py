@@ -6,22 +6,24 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
 import pytest
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.passes import pipeline
 from intaglio.passes.analyse import analyse
 from intaglio.passes.budget import Request
 from intaglio.passes.build import build
 from intaglio.passes.cache import Cache
-from intaglio.passes.errors import InfeasibleError, InputError
+from intaglio.passes.errors import InfeasibleError, InputError, LateError, VerificationError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.latency import PairedLatency
 from intaglio.passes.loading import Loading
 from intaglio.passes.model import Model
-from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build
+from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build, verified
 from intaglio.passes.plan import Menu, read_plan, to_json
 from intaglio.passes.propose import expands
 from intaglio.passes.report import report
@@ -29,14 +31,15 @@ from intaglio.passes.save import save
 from intaglio.passes.sites import Site
 from intaglio.passes.timing import LatencyPricer
 from intaglio.passes.verify import compare
+from intaglio.solver import Budget
 from tests.models import CASES, Array, classifier, normal, operators, optimized, parse, run
 from tests.passes.test_build import MODELS
 from tests.passes.test_sites import nested
 
 
 @cache
-def analysed() -> tuple[Job, Menu]:
-    proto, arrays = classifier(90)
+def analysed(samples: int = 90) -> tuple[Job, Menu]:
+    proto, arrays = classifier(samples)
     job = open_job(proto, arrays, Settings(labels="labels"))
     return job, analyse(job, Cache(None), latency=False)
 
@@ -87,7 +90,7 @@ def test_a_larger_budget_is_never_worse() -> None:
 
 
 def test_an_error_budget_holds_on_samples_that_took_no_part() -> None:
-    job, menu = analysed()
+    job, menu = analysed(400)  # a few dozen samples do not tell the divergence of others
     outcome = solve_and_build(job, menu, Request(error=0.05))
     assert outcome.comparison.divergence <= 0.05
     assert outcome.choose_divergence <= 0.05
@@ -293,7 +296,7 @@ def test_outputs_that_overflow_lead_to_another_choice(monkeypatch: pytest.Monkey
         found = compare(*args, **options)  # type: ignore[arg-type]
         return replace(found, divergence=next(first, found.divergence))
 
-    monkeypatch.setattr("intaglio.passes.pipeline.compare", overflowing_once)
+    monkeypatch.setattr("intaglio.passes.search.compare", overflowing_once)
     assert solve_and_build(job, menu, Request(error=0.05)).comparison.divergence <= 0.05
 
 
@@ -316,7 +319,8 @@ def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatencyPricer, "calibrate_integers", lambda *_: None)
     monkeypatch.setattr(LatencyPricer, "carry", lambda *_: -1e-5)
     monkeypatch.setattr(LatencyPricer, "boundary", lambda *_: (1e-5, 1e-5))
-    monkeypatch.setattr("intaglio.passes.pipeline._latency", whole)
+    for module in ("pipeline", "search"):
+        monkeypatch.setattr(f"intaglio.passes.{module}.latency_of", whole)
     monkeypatch.setattr("intaglio.passes.pipeline.measure_loading", lambda *_, **__: Loading(1e-3, 1000))
 
 
@@ -358,3 +362,41 @@ def test_nothing_that_expands_is_chosen_where_that_is_not_wanted() -> None:
     outcome = compress_job(open_job(proto, arrays, Settings(decompositions=("dense",), expand=False)), Request(size=0.6, latency=0.5))
     assert any(form.arithmetic == "integer" for form in outcome.plan.forms.values())
     assert not [form for form in outcome.plan.forms.values() if form != CARRIED and expands(form)]
+
+
+def test_a_model_that_comes_out_late_is_built_again_with_less_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within the budget while plans are chosen, 4 % over it in the verdict: the second search has that much less, the verdict the same."""
+    job, menu = analysed()
+    attempt = SimpleNamespace(model="model", measured=0.0, plan=None)
+    budgets, verdicts = [], iter([LateError("late", 1.04), None])
+
+    def within(_: Job, __: Menu, budget: Budget, ___: object) -> object:
+        budgets.append(budget.latency_s)
+        return attempt, None
+
+    def judged(_: Job, __: object, budget: Budget) -> object:
+        budgets.append(budget.latency_s)
+        verdict = next(verdicts)
+        if verdict is not None:
+            raise verdict
+        return replace(outcome, plan=None)
+
+    outcome = solve_and_build(job, menu, Request(size=0.5))
+    monkeypatch.setattr(pipeline, "_taught_within", within)
+    monkeypatch.setattr(pipeline, "_verified", judged)
+    solve_and_build(job, menu, Request(latency="1ms"))
+    assert budgets == pytest.approx([1e-3, 1e-3, 0.97e-3 / 1.04, 1e-3])
+
+
+def test_only_lateness_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model that is too slow and too far off is not."""
+    job, menu = analysed()
+    slow = PairedLatency(1e-2, 2e-2, 2.0, 2.0, 2.0, 1)
+    monkeypatch.setattr(pipeline, "latency_of", lambda *_: slow)
+    outcome = solve_and_build(job, menu, Request(size=0.5))
+    base = replace(menu.base, latency_s=1e-2)
+    plan = replace(outcome.plan, menu=replace(menu, base=base))
+    for divergence, error in ((None, LateError), (1e-12, VerificationError)):
+        with pytest.raises(VerificationError) as caught:
+            verified(job, plan, Budget(latency_s=1e-2, divergence=divergence), outcome.model, 0.0, 0, timed=True)
+        assert type(caught.value) is error

@@ -11,9 +11,8 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from intaglio.ops.form import UNCHANGED
 from intaglio.passes import presets
-from intaglio.passes.budget import Request, resolve
+from intaglio.passes.budget import Request
 from intaglio.passes.cache import Cache
 from intaglio.passes.errors import InfeasibleError, InputError, VerificationError
 from intaglio.passes.gradients import Gradients
@@ -21,11 +20,11 @@ from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.options import silent
 from intaglio.passes.pipeline import Outcome
 from intaglio.passes.plan import Correction, read_plan, to_json
-from intaglio.passes.presets import Attempt, Goal, Search, compress, corrected, decoded_model, goal_of, job_with_more_judges
+from intaglio.passes.presets import Attempt, Goal, Search, compress, corrected, goal_of, job_with_more_judges
 from intaglio.passes.report import report
 from intaglio.passes.save import save
 from intaglio.passes.task import Change, Standing, stand
-from tests.models import classifier, run
+from tests.models import classifier
 from tests.passes.labelled import HARM, harmed
 
 
@@ -110,19 +109,6 @@ def test_compact_keeps_the_metric_with_fewer_bytes(tmp_path: Path) -> None:
     assert kept[-1].size_bytes == outcome.size_bytes  # the smallest that passed is the one that was written
     assert all(step.size_bytes >= outcome.size_bytes for step in kept)
     assert save(outcome.model, tmp_path / "small.onnx", source=None) == outcome.size_bytes
-
-
-def test_the_decoded_model_computes_what_the_compressed_one_does() -> None:
-    search = searched()
-    job = search.job
-    labels = search.labels(None)
-    found = search.attempt(labels, resolve(Request(size=0.3), job.original.size_bytes, labels.menu.base), Correction(), "none")
-    assert any(form != UNCHANGED for form in found.plan.forms.values())
-    whole = decoded_model(job, found.plan.forms, found.fitted)
-    x = np.random.default_rng(2).standard_normal((3, 4, 8, 8)).astype(np.float32)
-    ours, theirs = (run(model.proto, {"x": x})[0] for model in (whole, found.model))
-    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())  # float32 products in another order
-    assert [v.name for v in whole.proto.graph.output] == [v.name for v in job.model.proto.graph.output]
 
 
 # --- the step rule

@@ -8,15 +8,15 @@ from functools import cache
 import numpy as np
 import pytest
 
-from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes.build import Fitted, finish, fit_forms
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.model import Model
-from intaglio.passes.refit import channels_of
 from intaglio.passes.rewrite import declines
 from intaglio.passes.save import serialized_size
 from intaglio.passes.student import Student, make_student
 from tests.models import Array, assert_close, classifier, normal, run
+from tests.passes.pruning import pruned_plan
 
 WHOLE = ("int3", "int4-b32-asym", "planes2.5", "kmeans3", "vq2x8", "fp16")
 LOW = {"lowrank": (6,), "separable": (6,), "tucker2": (4, 6), "channel_svd": (6,), "residual": (3,)}
@@ -105,17 +105,7 @@ def test_biases_are_parameters_unless_declined() -> None:
 
 
 def test_pruned_layers_and_their_biases_are_tuned_in_their_smaller_shapes() -> None:
-    sites = {site.name: site for site in job().sites}
-    channels = channels_of(job())
-    group = channels.groups[channels.writes["c2"]]
-    keep = channels.levels(group.name)[-1]
-    forms = dict.fromkeys(sites, Form("dense", (), "int4"))
-    for name, site in sites.items():
-        reads = channels.reads.get(name, ("", 1))[0] == group.name
-        writes = channels.writes.get(name) == group.name
-        if reads or writes:
-            inputs = site.shape[1] if not reads else site.shape[1] * keep // group.size
-            forms[name] = Form(PRUNED, (inputs, keep if writes else site.shape[0]), "int4")
+    forms = pruned_plan(job(), "c2")
     what = fit_forms(job(), forms, keep=True)
     student = make_student(job(), forms, what)
     flat = moved(student)

@@ -16,6 +16,7 @@ from intaglio.passes.errors import InfeasibleError, InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.pipeline import Outcome, compress_job, solve_and_build
 from intaglio.passes.report import report
+from intaglio.passes.search import Attempt
 from intaglio.passes.tune import TuneResult
 from intaglio.passes.tuning import asked_steps, lessons_of
 from tests.models import classifier
@@ -29,7 +30,7 @@ def job_of(**changes: object) -> Job:
 
 
 def compressed(**changes: object) -> Outcome:
-    return compress_job(job_of(**changes), Request(size=0.16))
+    return compress_job(job_of(**changes), Request(size=0.09))
 
 
 @pytest.mark.parametrize(("given", "steps"), [(None, None), (0, None), ("0", None), ("12", 12), (7, 7), ("auto", "auto")])
@@ -82,7 +83,7 @@ def test_a_written_model_that_is_no_better_is_written_untuned(monkeypatch: pytes
 
 def test_a_later_round_that_is_infeasible_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency is measured anew in every round, and may come out above its budget."""
-    searched, rounds = pipeline._searched, []
+    searched, rounds = pipeline.searched, []
 
     def once(*given: object) -> object:
         rounds.append(1)
@@ -90,10 +91,15 @@ def test_a_later_round_that_is_infeasible_loses_nothing(monkeypatch: pytest.Monk
             raise InfeasibleError("no plan keeps the budgets as measured")
         return searched(*given)  # type: ignore[arg-type]
 
+    def halved(_: object, attempt: Attempt, __: object) -> tuple[Attempt, TuneResult]:
+        result = TuneResult(attempt.fitted, True, attempt.measured, attempt.measured / 2, (), 5, 1e-3, 1.0)
+        return replace(attempt, measured=attempt.measured / 2), result
+
     job = job_of(tune=60)
     menu = analyse(job, Cache(None), latency=False)
-    monkeypatch.setattr(pipeline, "_searched", once)
-    outcome = solve_and_build(job, menu, Request(error=0.02))
+    monkeypatch.setattr(pipeline, "searched", once)
+    monkeypatch.setattr(pipeline, "taught", halved)  # so a second round is worth it
+    outcome = solve_and_build(job, menu, Request(error=0.2))
     assert len(rounds) == 2
     assert outcome.meets
     assert outcome.tuning is not None
