@@ -4,22 +4,18 @@ For each model in DIR a few commands of ours are run, each once, and the results
 that no choice has seen. Every row of the peers' table is then compared with our models for that task: it counts as beaten by one that is
 smaller, and no slower and no less accurate within the noise that is printed with the table.
 
-The evaluator is a script that takes TASK MODEL --json --threads 1 2 --pairs N and prints bytes, the task's metric and speed against the
-original, measured in alternation with it.
+What the evaluator has to be is in `judging.py`.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from judging import DATA, NOISE_POINTS, compressed, judged
 from rich.console import Console
 from rich.table import Table
 
@@ -65,28 +61,17 @@ PEERS = (
     Peer("minilm", "ort-nbits4-acc4-gather-asym", 14_706_937, -0.30, 1.04, 1.01),
 )
 
-DATA = {
-    "cifar_resnet": "cifar_calib.npz",
-    "cifar_vgg16": "cifar_calib.npz",
-    "squeezenet": "squeezenet_calib.npz",
-    "minilm": "minilm_calib.npz",
-}
-"""Calibration data of each task."""
-
 BUDGETS = {
-    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"), ("--size", "0.11", "--latency", "0.24")),
-    "squeezenet": (("--size", "0.1666", "--latency", "0.44"),),
+    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"), ("--size", "0.15", "--latency", "0.26")),
+    "squeezenet": (("--size", "0.1666", "--latency", "0.42"),),
     "minilm": (
-        ("--size", "0.125", "--latency", "0.45"),
-        ("--size", "0.2", "--latency", "0.45"),
+        ("--size", "0.125", "--latency", "0.38"),
+        ("--size", "0.2", "--latency", "0.42"),
         ("--size", "0.155", "--latency", "0.8"),
     ),
-    "cifar_vgg16": (("--size", "0.08", "--latency", "0.16"),),
+    "cifar_vgg16": (("--size", "0.08", "--latency", "0.15"),),
 }
 """Budgets of our models for each task."""
-
-NOISE_POINTS = {"cifar_resnet": 0.3, "cifar_vgg16": 0.3, "squeezenet": 1.2, "minilm": 0.2}
-"""Standard error of the difference to the original's metric on each task's test data, in points."""
 
 NOISE_SPEED = 0.03
 """The original against itself gives speed ratios of 0.97 to 1.03."""
@@ -133,22 +118,10 @@ def main(
             for number, budgets in enumerate(BUDGETS[task]):
                 model = out / f"{task}{number}.onnx"
                 source, data = folder / f"{task}.onnx", folder / DATA[task]
-                arguments = ["compress", str(source), "-o", str(model), "--data", str(data), *budgets, "--samples", str(samples)]
-                console.print("$ intaglio " + " ".join(arguments), soft_wrap=True, highlight=False)
-                answer = subprocess.run([sys.executable, "-m", "intaglio", *arguments], check=False, stdout=subprocess.DEVNULL)
-                if answer.returncode == 0:
-                    ours.append(_evaluated(task, model, " ".join(budgets), folder, evaluator, pairs))
+                if compressed(source, model, data, [*budgets, "--samples", str(samples)], console) is not None:
+                    found = judged(evaluator, task, model, folder, threads=(1, 2), pairs=pairs)
+                    ours.append(Ours(" ".join(budgets), found.bytes, found.points, found.speeds[1], found.speeds[2]))
             console.print(_table(task, ours))
-
-
-def _evaluated(task: str, model: Path, budgets: str, folder: Path, evaluator: Path, pairs: int) -> Ours:
-    command = [sys.executable, str(evaluator), task, str(model), "--json", "--threads", "1", "2", "--pairs", str(pairs)]
-    answer = subprocess.run(command, check=True, stdout=subprocess.PIPE, env={**os.environ, "INTAGLIO_DATA": str(folder)})
-    found: dict[str, Any] = json.loads(answer.stdout)
-    (metric,) = found["metric"].values()
-    (reference,) = found["reference_metric"].values()
-    speeds = [float(found["latency"][f"{threads}_threads"]["speedup"]) for threads in (1, 2)]
-    return Ours(budgets, int(found["size"]["bytes"]), metric - reference, *speeds)
 
 
 def _table(task: str, ours: list[Ours]) -> Table:
