@@ -10,8 +10,8 @@ With a bias both moments are centred, and the bias takes what is left of the mea
 closed-form regression is from He, Zhang and Sun, "Channel pruning for accelerating very deep neural networks", arXiv 1707.06168; as the
 target of compensated rounding it is GPTAQ (Li et al., arXiv 2504.02692).
 
-Layers that follow each other must be matched one after the other, each on what the one before really yields (`levels`): both would make good
-the same loss.
+Layers that follow each other must be matched one after the other, each on what the one before really yields (`levels`): both would make
+good the same loss.
 
 The ridge λ draws W* to W, and the samples decide how much: half of them fit every candidate, the other half tells what it gains, and the
 other way round. Where nothing gains there, the layer keeps its weight as the target.

@@ -20,7 +20,7 @@ from .plan import Correction, Menu, Plan, choose
 from .price import SizePricer
 from .session import open_session
 from .tune import TuneResult
-from .tuning import asked_steps, tuned
+from .tuning import asked_steps, lessons_of, tuned
 from .verify import compare
 
 RESOLVES = 4
@@ -106,14 +106,16 @@ def _excess_latency(job: Job, menu: Menu, budget: Budget, model: Model) -> float
 
 
 def taught(job: Job, attempt: Attempt, progress: Progress) -> tuple[Attempt, TuneResult | None]:
-    """The attempt, tuned if the settings ask for it and if the written model is better for it on the choose split."""
+    """The attempt, tuned if the settings ask for it and if the written model is better for it on the samples that judge tuning."""
     result = tuned(job, attempt.plan.forms, attempt.fitted, progress=progress)
     if result is None or not result.improved:
         return attempt, result
+    judges = lessons_of(job)
     model = finish(job, attempt.plan.forms, result.fitted)
-    measured = divergence_of(job, model)
-    if measured >= attempt.measured:
+    before, after = (divergence_of(judges, each) for each in (attempt.model, model))
+    if after >= before:
         return attempt, replace(result, improved=False, fitted=attempt.fitted, after=result.before)
+    measured = divergence_of(job, model)
     expected = _doubted(measured, len(job.splits.choose))
     return replace(attempt, fitted=result.fitted, model=model, measured=measured, expected=expected), result
 

@@ -60,7 +60,7 @@ class TuneOptions:
     block_rate: float = 3e-3
     evaluations: int = 20
     patience: int | None = None
-    samples: int = 1024
+    samples: int = 2048
     save_s: float = 30.0
 
 

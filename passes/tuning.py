@@ -1,7 +1,7 @@
 """When and on what a compressed model is tuned: the user's settings, turned into one run of `tune`.
 
 Statistics, prices and fits need a few hundred samples, gradients as many as there are. With `--samples`, the samples that it leaves over
-serve as lessons; those that plans are chosen and judged by never do.
+serve as lessons, but for a tenth that joins the choose split to judge what was learnt; the verify split takes no part.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ _AUTO_STEPS = (300, 3000)
 """Steps of `--tune auto`: so many passes over the lessons, within bounds; it ends early where nothing gets better."""
 
 _AUTO_PATIENCE = 6
+
+_MOST_JUDGES = 1024
+"""Most of the samples that are left over by which tuning is judged, not taught."""
 
 
 def asked_steps(given: str | int | None) -> int | str | None:
@@ -61,9 +64,16 @@ def _options(settings: Settings) -> TuneOptions:
 
 
 def lessons_of(job: Job) -> Job:
-    """The job with the samples that `samples` leaves over dealt to its fit split."""
-    rest = np.setdiff1d(np.arange(len(job.data)), np.concatenate([job.splits.choose, job.splits.verify]))
-    return replace(job, splits=replace(job.splits, fit=rest))
+    """The job with the samples that `samples` leaves over dealt to its choose split, a tenth of them, and to its fit split.
+
+    Plans differ by what shows on a hundred samples; what tuning gains from one measurement to the next does not.
+    """
+    splits = job.splits
+    rest = np.setdiff1d(np.arange(len(job.data)), np.concatenate([splits.fit, splits.choose, splits.verify]))
+    rest = np.random.default_rng((job.settings.seed, 5)).permutation(rest)
+    held = min(len(rest) // 10, _MOST_JUDGES)
+    choose, fit = np.sort(np.concatenate([splits.choose, rest[:held]])), np.sort(np.concatenate([splits.fit, rest[held:]]))
+    return replace(job, splits=replace(splits, fit=fit, choose=choose))
 
 
 def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Progress = silent) -> TuneResult | None:
@@ -88,4 +98,5 @@ def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Prog
         steps = int(np.clip(_AUTO_EPOCHS * len(taught.splits.fit) / options.batch, least, most))
         options = replace(options, patience=_AUTO_PATIENCE)
     with job.clock.phase("tune"):
-        return tune(job, forms, fitted, steps=steps, options=options, lessons=taught, progress=progress)
+        judged = replace(job, splits=replace(job.splits, choose=taught.splits.choose))
+        return tune(judged, forms, fitted, steps=steps, options=options, lessons=taught, progress=progress)

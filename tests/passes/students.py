@@ -36,7 +36,7 @@ def plan(form: Form, opened: Job | None = None) -> dict[str, Form]:
 
 @cache
 def fitted(form: Form = COARSE) -> Fitted:
-    return fit_forms(job(), plan(form), keep=True)
+    return fit_forms(job(), plan(form), keep=True, match=False)  # so that tuning has something to gain
 
 
 def course_of(opened: Job | None = None, form: Form = COARSE, options: TuneOptions = OPTIONS) -> Course:

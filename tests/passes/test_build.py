@@ -125,10 +125,10 @@ def test_the_optimized_model_has_the_kernels_of_the_arithmetic_and_decodes_nothi
         assert not any(found[operator] for operator in DECODING), found
 
 
-TOLERANCES = {"integer": 0.03, "dynamic": 0.03, "nbits": 1e-5, "rows": 1e-5}
+TOLERANCES = {"integer": 0.03, "dynamic": 0.03, "nbits": 0.03, "rows": 1e-5}
 """Arithmetic → of the largest output. Kernels and plain operators round to the same step but where float32 sums differ just between
-two steps; each such entry is off by 1/255 of its range, and few of them meet in one output. Packed rows and blocks are read by the same
-operators either way."""
+two steps; each such entry is off by 1/255 of its range, and few of them meet in one output. `MatMulNBits` rounds its input
+to eight bits too. Packed rows are read by the same operators either way."""
 
 
 @cases

@@ -144,7 +144,8 @@ def test_nested_graphs_pass_changes_on() -> None:
 
 def test_levels_hold_sites_that_do_not_read_each_other() -> None:
     text = """g (float[N, 16] x) => (float[N, 16] y) {
-        q = MatMul (x, a) k = MatMul (x, b) s = Add (q, k) h = MatMul (s, c) r = Add (h, x) u = MatMul (r, d) v = MatMul (r, e) y = Add (u, v)
+        q = MatMul (x, a) k = MatMul (x, b) s = Add (q, k) h = MatMul (s, c) r = Add (h, x)
+        u = MatMul (r, d) v = MatMul (r, e) y = Add (u, v)
     }"""
     model = load(parse(text, {name: normal(number, 16, 16) for number, name in enumerate("abcde")}))
     assert [[site.name for site in level] for level in levels(model.proto, find_sites(model).sites)] == [["a", "b"], ["c"], ["d", "e"]]

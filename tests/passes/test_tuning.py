@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import astuple, replace
 
 import numpy as np
 import pytest
@@ -44,12 +44,20 @@ def test_what_the_option_cannot_say(given: object) -> None:
         asked_steps(given)  # type: ignore[arg-type]
 
 
-def test_samples_that_are_left_over_are_lessons() -> None:
+def test_samples_that_are_left_over_are_lessons_and_a_tenth_of_them_judges() -> None:
     job = job_of(samples=100)
     taught = lessons_of(job)
-    held_out = np.concatenate([job.splits.choose, job.splits.verify])
-    assert len(taught.splits.fit) == len(job.data) - len(held_out) > len(job.splits.fit)
-    assert not set(taught.splits.fit.tolist()) & set(held_out.tolist())
+    assert (len(taught.splits.choose), len(taught.splits.fit)) == (len(job.splits.choose) + 30, len(job.splits.fit) + 270)
+    parts = [set(part.tolist()) for part in (taught.splits.fit, taught.splits.choose, taught.splits.verify)]
+    assert set.union(*parts) == set(range(400))
+    assert sum(map(len, parts)) == 400
+    assert set(job.splits.choose) <= parts[1]
+    assert parts[2] == set(job.splits.verify.tolist())
+
+
+def test_without_a_limit_all_samples_serve_as_before() -> None:
+    job = job_of()
+    assert all(np.array_equal(*pair) for pair in zip(astuple(lessons_of(job).splits), astuple(job.splits), strict=True))
 
 
 def test_a_tuned_model_is_no_larger_and_nearer_to_the_original() -> None:
