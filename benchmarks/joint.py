@@ -1,9 +1,10 @@
 """What labels add to low ranks: python benchmarks/joint.py MODEL --data DATA --labels KEY --test DATA [--sizes 0.7,0.5,0.3]
 
-At each size the model is compressed by low ranks alone, in floats, in three ways: ranks and fits by the energy of the weights (plain
-SVD), by the second moment of each layer's input (the default), and jointly with the gradient of the labelled loss. For the joint way two
-rows are printed: the plan that the linear terms ask for, and what `--preset lossless` keeps after its step rule. Loss and metric are of
-labelled samples that took part in nothing, with the standard error of the difference to the original.
+At each size the model is compressed by low ranks alone, in floats, in four ways: ranks and fits by the energy of the weights (plain SVD),
+by the second moment of each layer's input, by that and the gradients at its output (the default), and jointly with the gradient of the
+labelled loss. For the joint way two rows are printed: the plan that the linear terms ask for, and what `--preset lossless` keeps after its
+step rule. All ways but the first match the original's outputs. Loss and metric are of labelled samples that took part in nothing, with the
+standard error of the difference to the original.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def main(
 
     search = Search.begin(job_with_more_judges(job), silent)
     plain, joint = search.labels(None), search.labels(search.gradients(None))
-    blind = replace(search, cache=Cache(None))
+    one_sided = replace(search, job=replace(search.job, settings=replace(settings, curvature="input")))
+    inputs = one_sided.labels(None)
+    blind = replace(one_sided, cache=Cache(None))
     with _energy_only():
         flat = blind.labels(None)
     for size in sizes.split(","):
@@ -76,8 +79,9 @@ def main(
         try:
             with _energy_only():
                 row(size, "energy", blind.attempt(flat, budget, Correction(), "none"))
+            row(size, "input metric", one_sided.attempt(inputs, budget, Correction(), "none"))
             first = search.attempt(plain, budget, Correction(), "none")
-            row(size, "input metric", first)
+            row(size, "both metrics", first)
             second = search.attempt(joint, budget, corrected(first), "original")
             row(size, "joint", second)
             row(size, "lossless", second if second.standing.loss <= first.standing.loss else first)
@@ -94,7 +98,11 @@ def _isotropic(model: Model, sites: Sequence[Site], *_: object, **__: object) ->
 @contextmanager
 def _energy_only() -> Iterator[None]:
     """Analyse and fit without statistics of inputs."""
-    with patch.object(analysis, "calibrate", _isotropic), patch.object(building, "calibrate", _isotropic):
+    with (
+        patch.object(analysis, "calibrate", _isotropic),
+        patch.object(building, "calibrate", _isotropic),
+        patch.object(building, "calibrate_pairs", lambda *_, **__: {}),
+    ):
         yield
 
 
