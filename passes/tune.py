@@ -37,11 +37,17 @@ from .tune_options import TuneOptions, check_options
 
 log = logging.getLogger(__name__)
 
-_TRIAL_SHARE = 0.12
+_TRIAL_SHARE = 0.2
 """Share of the steps that finding the rate may take, over all rates together."""
 
-_TRIAL_STEPS = (8, 40)
+_TRIAL_STEPS = (12, 40)
 """Fewest and most steps that a rate is tried for."""
+
+_HARMLESS = 1.1
+"""Divergence after a trial, relative to that at the start, up to which a rate is harmless.
+
+On a pruned CIFAR ResNet, 240 steps at 1e-3 end 7 % below those at 3e-4, although their first 60 raise the divergence.
+"""
 
 
 @dataclass(frozen=True)
@@ -255,9 +261,10 @@ class _Run:
             self._are_blocks_taught = True
 
     def _best_rate(self, progress: Progress) -> float:
-        """The rate that lowers the divergence most in a few steps from the same start; the parameters are put back.
+        """The highest rate that a few steps from the same start do no harm with; the parameters are put back.
 
-        Rates fall to zero as in a whole run: at a constant rate, what rounding makes of the last steps would favour the low ones.
+        Rates fall to zero as in a whole run: at a constant rate, what rounding makes of the last steps would favour the low ones. A few
+        steps favour these all the same: what a high rate loses at first it makes good later.
         """
         course, rates = self.course, self.options.rates
         start = course.flat.copy()
@@ -277,7 +284,9 @@ class _Run:
         finally:
             with deferred():
                 course.flat[...] = start
-        return min(found, key=lambda rate: found[rate] if math.isfinite(found[rate]) else math.inf)
+        finite = {rate: divergence for rate, divergence in found.items() if math.isfinite(divergence)}
+        harmless = [rate for rate, divergence in finite.items() if divergence <= _HARMLESS * self.history[-1].divergence]
+        return max(harmless) if harmless else min(finite or found, key=found.__getitem__)
 
     def _result(self, interrupted: bool, reason: str | None) -> TuneResult:
         course = self.course
