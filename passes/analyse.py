@@ -98,7 +98,7 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         **{name: Cost(size) for name, size in sizes.shared.items()},
     }
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
-    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit, job.equalized)
+    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit, job.equalized, job.lineage)
 
 
 def _allowed(job: Job, latency: bool) -> Allowed:

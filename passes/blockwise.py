@@ -292,7 +292,7 @@ class _Workshop:
         runtime = job.calibration
         weights = job.model.weights
         self._forward = open_session(self._proto, weights=weights, threads=runtime.threads, providers=runtime.providers)
-        self._known = {name: student.parameters[name] for name in block.parameters}
+        self._known = {name: each for name, each in student.parameters.items() if name in block.parameters}
         self._own = [name for name in course.learner.trained if name in block.parameters - shared]
 
     def aim(self, samples: Sequence[_Sample]) -> None:

@@ -66,6 +66,12 @@ class Fitted:
     packed: Mapping[str, Arrays] = field(default_factory=dict)
     constants: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
+    def contents(self) -> list[NDArray[np.generic]]:
+        """Every array that is kept, in an order that depends on names alone: what else they belong to is up to the forms."""
+        packed = [array for name in sorted(self.packed) for packs in self.packed[name] for array in packs]
+        changes = [array for name in sorted(self.fragments) for _, array in sorted(self.fragments[name].changes.items())]
+        return [*packed, *changes, *(array for _, array in sorted(self.constants.items())), *(cut.kept for cut in self.cuts)]
+
 
 def build(job: Job, forms: Mapping[str, Form], *, progress: Progress = silent) -> Model:
     """Fit the chosen forms, stage by stage on inputs from the compressed prefix against the original's outputs, and rewrite the model.
@@ -267,7 +273,7 @@ def quantization_ranges(job: Job, model: Model, operators: Sequence[str], values
     found = [{name: Range.spanning(*METHODS[method](each)) for name, each in usable.items()} for method in methods]
     if len(found) == 1:
         return found[0]
-    probe = job.probe()
+    probe = replace(job, model=job.reference).probe()  # of the outputs only: the original judges
     return min(found, key=lambda ranges: probe.divergence(place(model, operators, ranges).proto))
 
 

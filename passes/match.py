@@ -154,9 +154,13 @@ def _steps(residual: Float64, moment: Moment, ridges: Sequence[float], precision
 def _gains(weight: Float64, start: Float64, fit: Pair, judge: Pair, outputs: OutputMetric | None) -> Float64:
     """How much nearer each ridge of `RIDGES` comes to the original's outputs on samples that it was not fitted on, (ridges,).
 
-    In single precision, which costs half the time: the ridges bound what its rounding can do.
+    In single precision, which costs half the time: the ridges bound what its rounding can do. What does not fit into it gains nothing.
     """
     wanted, moment = _residual(weight, start, judge), judge.moment.with_outputs(outputs)
     costs = wanted if outputs is None else outputs.times(wanted)
-    steps = _steps(_residual(weight, start, fit), fit.moment, RIDGES, np.float32)
+    residual = _residual(weight, start, fit)
+    with np.errstate(over="ignore"):
+        if not all(np.isfinite(array.astype(np.float32)).all() for array in (residual, fit.moment.matrix)):
+            return np.full(len(RIDGES), -np.inf)
+    steps = _steps(residual, fit.moment, RIDGES, np.float32)
     return np.array([2 * float(np.vdot(costs, step)) - moment.energy(step) for step in steps])

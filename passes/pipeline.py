@@ -86,8 +86,9 @@ def compress_job(job: Job, request: Request, *, progress: Progress = silent) -> 
     timed = request.latency is not None or request.minimize == "latency" or asks_for_arithmetic(job.settings)
     if timed:
         job = equalized(job)
-    job, rounds = approached(job, request, timed=timed, progress=progress)
-    menu = analyse(job, Cache(job.settings.cache), latency=timed, progress=progress)
+    cache = Cache(job.settings.cache)
+    job, rounds = approached(job, request, cache, timed=timed, progress=progress)
+    menu = analyse(job, cache, latency=timed, progress=progress)
     return replace(solve_and_build(job, menu, request, progress=progress), rounds=rounds)
 
 
@@ -105,6 +106,8 @@ def solve_and_build(job: Job, menu: Menu, request: Request, *, progress: Progres
         outcome = _verified(job, best, budget)
     except LateError as error:  # a few percent: what was measured while choosing was measured on a machine that others use too
         hurried = replace(budget, latency_s=(budget.latency_s or 0.0) * SLACK / error.excess)
+        if tuning is not None and tuning.interrupted:
+            job = replace(job, settings=replace(job.settings, tune=None))
         best, tuning = _taught_within(job, menu, hurried, progress)
         outcome = _verified(job, best, budget)
     return replace(outcome, tuning=tuning)

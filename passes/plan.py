@@ -64,6 +64,7 @@ class Menu:
             channels, which layers around them have to agree on, cost nothing.
         unit: of divergence: "kl_nats" or "relative_mse".
         equalized: whether channels of the model were rescaled for integers before anything was priced.
+        lineage: digest of the rounds that the priced weights come from, as in `Job`; empty for the model's own.
     """
 
     model_sha256: str
@@ -72,6 +73,7 @@ class Menu:
     shared: Mapping[str, Cost]
     unit: str
     equalized: bool = False
+    lineage: str = ""
 
 
 @dataclass(frozen=True)
@@ -253,6 +255,7 @@ def to_json(plan: Plan) -> str:
             "model_sha256": plan.menu.model_sha256,
             "unit": plan.menu.unit,
             "equalized": plan.menu.equalized,
+            "lineage": plan.menu.lineage,
             "joint": plan.joint,
             "budget": {
                 "size_bytes": plan.budget.size_bytes,
@@ -372,6 +375,7 @@ def read_plan(path: Path) -> Plan:
             {name: Cost(int(cost[0]), float(cost[1]), float(cost[2])) for name, cost in document["shared"].items()},
             document["unit"],
             bool(document["equalized"]),
+            str(document.get("lineage", "")),
         )
         if menu.unit not in UNITS:
             raise ValueError("unit")

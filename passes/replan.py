@@ -50,11 +50,13 @@ def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -
         request: the new budget.
 
     Raises:
-        InputError: the plan is another model's, or the budget is malformed.
+        InputError: the plan is another model's or was made in rounds, or the budget is malformed.
         InfeasibleError: no choice meets it.
     """
     original = load(source)
     check_model(original, plan)
+    if plan.menu.lineage:
+        raise InputError("plan: it was made in rounds, and prices weights that only these had; solve again with `intaglio plan`")
     budget = resolve(request, original.size_bytes, plan.menu.base)
     model, _ = canonicalize(original)
     sizes = SizePricer(model, external=bool(original.weights.files))

@@ -32,6 +32,7 @@ from .pipeline import Outcome
 from .plan import Candidate, Plan
 from .price import SizePricer
 from .rewrite import channel_axes
+from .rounds import Round
 from .save import save
 from .sites import Site, Skip
 from .task import Change, TaskOutcome
@@ -372,12 +373,19 @@ class RoundFacts:
         latency_s: that it was allowed; None where latency has no budget.
         before: divergence from the original on choose samples, untuned.
         after: the same, tuned.
+        interrupted: whether the user stopped its tuning, and with it that of the last round.
     """
 
     size_bytes: int
     latency_s: float | None
     before: float
     after: float
+    interrupted: bool
+
+    @staticmethod
+    def of(found: Round) -> RoundFacts:
+        """The facts of a round."""
+        return RoundFacts(found.size_bytes, found.budget.latency_s, found.divergence, found.tuned, found.interrupted)
 
 
 @dataclass(frozen=True)
@@ -491,7 +499,7 @@ def report(outcome: Outcome) -> Report:
         metric=MetricFacts.of(comparison),
         task=None if outcome.task is None else TaskFacts.of(outcome.task),
         tuning=None if outcome.tuning is None else TuningFacts.of(outcome.tuning),
-        rounds=tuple(RoundFacts(each.size_bytes, each.budget.latency_s, each.divergence, each.tuned) for each in outcome.rounds),
+        rounds=tuple(RoundFacts.of(each) for each in outcome.rounds),
         solver=None
         if solution is None
         else SolverFacts(solution.status, solution.objective, solution.bound, solution.gap, solution.seconds, solution.candidates),

@@ -49,12 +49,14 @@ class Round:
         size_bytes: of its plan.
         divergence: from the original on the choose split, before it was tuned.
         tuned: the same once it was tuned.
+        interrupted: whether the user stopped it; the last round is not tuned then.
     """
 
     budget: Budget
     size_bytes: int
     divergence: float
     tuned: float
+    interrupted: bool = False
 
 
 def asked_rounds(given: str | int | None, request: Request, tune: str | int | None) -> int | str | None:
@@ -80,7 +82,7 @@ def asked_rounds(given: str | int | None, request: Request, tune: str | int | No
     return None if number == 1 else number
 
 
-def approached(job: Job, request: Request, *, timed: bool, progress: Progress = silent) -> tuple[Job, tuple[Round, ...]]:
+def approached(job: Job, request: Request, cache: Cache, *, timed: bool, progress: Progress = silent) -> tuple[Job, tuple[Round, ...]]:
     """Make every round but the last: the job to go on with, and what was done.
 
     A user's interrupt ends the rounds; the last one goes on from what there is, untuned.
@@ -88,6 +90,7 @@ def approached(job: Job, request: Request, *, timed: bool, progress: Progress = 
     Args:
         job: the job; it is returned as it is where one round is enough.
         request: the budgets.
+        cache: of analyses.
         timed: whether forms are timed.
         progress: shows how far each part is.
 
@@ -96,7 +99,7 @@ def approached(job: Job, request: Request, *, timed: bool, progress: Progress = 
     """
     asked = asked_rounds(job.settings.rounds, request, job.settings.tune)
     done: list[Round] = []
-    cache, number, total = Cache(job.settings.cache), 1, 2
+    number, total = 1, 2
     while asked is not None and number < total:
         menu = analyse(job, cache, latency=timed, progress=progress)
         budget = resolve(request, job.original.size_bytes, menu.base)
@@ -110,10 +113,11 @@ def approached(job: Job, request: Request, *, timed: bool, progress: Progress = 
             log.info("round %d of %d is left out: %s", number, total, error)
             break
         better, result = taught(job, attempt, progress)
-        done.append(Round(step, job.sizes().total(attempt.plan.forms), attempt.measured, better.measured))
+        interrupted = result is not None and result.interrupted
+        done.append(Round(step, job.sizes().total(attempt.plan.forms), attempt.measured, better.measured, interrupted))
         log.info("round %d of %d: divergence %.6g, tuned %.6g", number, total, attempt.measured, better.measured)
         job = _continued(job, better)
-        if result is not None and result.interrupted:
+        if interrupted:
             job = replace(job, settings=replace(job.settings, tune=None))
             break
         number += 1
@@ -144,8 +148,4 @@ def _continued(job: Job, attempt: Attempt) -> Job:
 
 def _lineage(before: str, forms: Mapping[str, Form], fitted: Fitted) -> str:
     """Names the weights that a round left, and the rounds before it."""
-    arrays = [array for name in sorted(fitted.packed) for packs in fitted.packed[name] for array in packs]
-    arrays += [array for _, array in sorted(fitted.constants.items())]
-    arrays += [array for name in sorted(fitted.fragments) for _, array in sorted(fitted.fragments[name].changes.items())]
-    arrays += [cut.kept for cut in fitted.cuts]
-    return fingerprint([before, *(f"{name}={form}" for name, form in sorted(forms.items()))], arrays)
+    return fingerprint([before, *(f"{name}={form}" for name, form in sorted(forms.items()))], fitted.contents())

@@ -12,6 +12,7 @@ from intaglio.solver import Budget
 
 from .build import Fitted, finish, fit_forms, mock
 from .errors import InfeasibleError
+from .interrupts import deferred
 from .job import Job
 from .latency import PairedLatency, compare_models
 from .model import Model
@@ -110,6 +111,17 @@ def taught(job: Job, attempt: Attempt, progress: Progress) -> tuple[Attempt, Tun
     result = tuned(job, attempt.plan.forms, attempt.fitted, progress=progress)
     if result is None or not result.improved:
         return attempt, result
+    judged = attempt, result
+    try:
+        with deferred():  # an interrupt now would lose all that was learnt
+            judged = _judged(job, attempt, result)
+    except KeyboardInterrupt:
+        judged = judged[0], replace(judged[1], interrupted=True)
+    return judged
+
+
+def _judged(job: Job, attempt: Attempt, result: TuneResult) -> tuple[Attempt, TuneResult]:
+    """The attempt with what was learnt, if the written model is better for it; else as it was."""
     judges = lessons_of(job)
     model = finish(job, attempt.plan.forms, result.fitted)
     before, after = (divergence_of(judges, each) for each in (attempt.model, model))

@@ -122,11 +122,6 @@ class Student:
         """(count,): the flat array that stands for what was fitted."""
         return np.concatenate([np.zeros(0, np.float32), *(each.start for each in self.parameters.values())])
 
-    def units(self) -> Float32:
-        """(count,): what counts as a large change of each entry."""
-        parts = (np.full(each.part.stop - each.part.start, each.latent.unit(), np.float32) for each in self.parameters.values())
-        return np.concatenate([np.zeros(0, np.float32), *parts])
-
     def taught(self, flat: Float32) -> Fitted:
         """What was fitted, with the arrays that stand for other values of the parameters.
 

@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from intaglio import __version__
 from intaglio.ops.form import Form
 
 from .adam import Adam, schedule
@@ -32,6 +33,7 @@ from .errors import InputError
 from .interrupts import deferred
 from .job import Job
 from .options import Progress, silent
+from .session import RUNTIME_VERSION
 from .student import make_student
 from .tune_options import TuneOptions, check_options
 
@@ -180,12 +182,17 @@ class _Run:
             interrupted = True
         except InputError as error:  # ONNX Runtime refuses a run, as for want of memory
             reason = str(error)
-        with deferred():
-            if self.checkpoint is not None and not interrupted and reason is None:
-                self.checkpoint.remove()
-            else:
-                self._save(force=True)
-            return self._result(interrupted, reason)
+        result: TuneResult | None = None
+        try:
+            with deferred():
+                if self.checkpoint is not None and not interrupted and reason is None:
+                    self.checkpoint.remove()
+                else:
+                    self._save(force=True)
+                result = self._result(interrupted, reason)
+        except KeyboardInterrupt:
+            result = replace(result or self._result(interrupted, reason), interrupted=True)
+        return result
 
     def _teach(self, progress: Progress) -> None:
         start = time.perf_counter()
@@ -267,12 +274,12 @@ class _Run:
         steps favour these all the same: what a high rate loses at first it makes good later.
         """
         course, rates = self.course, self.options.rates
-        start = course.flat.copy()
+        put_back = course.flat.copy()
         steps = int(min(max(self.steps * _TRIAL_SHARE / len(rates), _TRIAL_STEPS[0]), _TRIAL_STEPS[1]))
         found = {}
         try:
             for rate in progress(rates, "Trying rates", len(rates)):
-                course.flat[...] = start
+                course.flat[...] = put_back
                 adam = self._adam()
                 for step in range(steps):
                     course.learn(step)
@@ -283,9 +290,10 @@ class _Run:
                 log.info("rate %g: divergence %.6g after %d steps", rate, found[rate], steps)
         finally:
             with deferred():
-                course.flat[...] = start
+                course.flat[...] = put_back
+        start = min(point.divergence for point in self.history)
         finite = {rate: divergence for rate, divergence in found.items() if math.isfinite(divergence)}
-        harmless = [rate for rate, divergence in finite.items() if divergence <= _HARMLESS * self.history[-1].divergence]
+        harmless = [rate for rate, divergence in finite.items() if divergence <= _HARMLESS * start]
         return max(harmless) if harmless else min(finite or found, key=found.__getitem__)
 
     def _result(self, interrupted: bool, reason: str | None) -> TuneResult:
@@ -371,12 +379,14 @@ def _checkpoint(job: Job, forms: Mapping[str, Form], fitted: Fitted, steps: int,
     folder: Path | None = job.settings.cache
     if folder is None:
         return None
-    arrays = [array for name in sorted(fitted.packed) for packs in fitted.packed[name] for array in packs]
-    arrays += [job.splits.fit, job.splits.choose]
+    arrays = [*fitted.contents(), job.splits.fit, job.splits.choose]
     if options.labels and job.data.label_values is not None:  # the data's digest leaves them out
         arrays.append(job.data.label_values)
     described = [
+        __version__,
+        RUNTIME_VERSION,
         job.original.sha256,
+        job.lineage,
         job.data.digest,
         str(job.settings),
         str(steps),

@@ -23,7 +23,8 @@ class TuneOptions:
     Attributes:
         batch: samples per step; models of a fixed, smaller batch are run several times per step, and so are those whose reverse pass
             would not fit in memory.
-        rate: how far a parameter may move per step, as a share of its array's root mean square; None to try `rates` and take the best.
+        rate: how far a parameter may move per step, as a share of its array's root mean square; None to try `rates` and
+            take the highest that does no harm at first.
         rates: to try.
         warmup: share of the steps over which the rate rises.
         adam: how gradients are averaged.

@@ -187,7 +187,8 @@ def _totals(report: Report) -> str:
     if report.skipped:
         lines.append(f"{len(report.skipped)} other weights are left alone; `intaglio inspect` says why.")
     for number, each in enumerate(report.rounds, 1):
-        lines.append(f"Round {number}: {each.size_bytes:,} B, divergence {each.before:.3g} → {each.after:.3g} on choose samples.")
+        note = "; interrupted, so the last round is not tuned" if each.interrupted else ""
+        lines.append(f"Round {number}: {each.size_bytes:,} B, divergence {each.before:.3g} → {each.after:.3g} on choose samples{note}.")
     if report.tuning is not None:
         lines.append(_tuning_line(report.tuning))
     if report.solver is not None:

@@ -50,6 +50,15 @@ def run_block(student: Student, block: module.Block, feed: Mapping[str, Array]) 
     return dict(zip(block.exits, map(to_array, session.run(block.exits, fed)), strict=True))
 
 
+def test_parameters_keep_the_students_order() -> None:
+    """Sums of gradients depend on it, and the order of a set on the process."""
+    course = course_of(residual())
+    (block,) = find_blocks(course.student, course.job.reference, course.learner.trained, 1)
+    workshop = module._Workshop(course, block, frozenset(), is_last=True)
+    assert list(workshop._known) == [name for name in course.student.parameters if name in block.parameters]
+    assert len(workshop._known) >= 5
+
+
 # --- where to cut
 
 

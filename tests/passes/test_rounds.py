@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from intaglio.passes import rounds
 from intaglio.passes.budget import Request
+from intaglio.passes.cache import Cache
 from intaglio.passes.errors import InfeasibleError, InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.pipeline import Outcome, compress_job
+from intaglio.passes.plan import read_plan, to_json
+from intaglio.passes.replan import replan
 from intaglio.passes.report import report
 from intaglio.passes.rounds import MOST, approached, asked_rounds
 from intaglio.passes.verify import compare
@@ -101,7 +105,7 @@ def test_auto_takes_as_many_rounds_as_the_way_is_long(size: float, count: int, m
 
     monkeypatch.setattr(rounds, "searched", infeasible)
     job = job_of(rounds="auto")
-    unchanged, done = approached(job, Request(size=size), timed=False)
+    unchanged, done = approached(job, Request(size=size), Cache(None), timed=False)
     assert (unchanged, done) == (job, ())
     assert len(seen) == (count > 1)
     if seen:
@@ -117,6 +121,15 @@ def test_an_interrupt_ends_the_rounds_and_tuning(monkeypatch: pytest.MonkeyPatch
         return better, replace(result, interrupted=True)
 
     monkeypatch.setattr(rounds, "taught", interrupted)
-    job, done = approached(job_of(rounds=3, tune=5), Request(size=0.1), timed=False)
+    job, done = approached(job_of(rounds=3, tune=5), Request(size=0.1), Cache(None), timed=False)
     assert len(done) == 1
+    assert done[0].interrupted
     assert job.settings.tune is None
+
+
+def test_a_plan_of_rounds_prices_other_weights(outcome: Outcome, tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    path.write_text(to_json(outcome.plan), encoding="utf-8")
+    assert read_plan(path).menu == outcome.plan.menu
+    with pytest.raises(InputError, match="made in rounds"):
+        replan(classifier(400)[0], read_plan(path), Request(size=0.5))

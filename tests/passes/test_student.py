@@ -11,6 +11,7 @@ import pytest
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes.build import Fitted, finish, fit_forms
 from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.learner import units_of
 from intaglio.passes.model import Model
 from intaglio.passes.rewrite import declines
 from intaglio.passes.save import serialized_size
@@ -69,7 +70,7 @@ def built(forms: Mapping[str, Form], what: Fitted) -> tuple[Model, list[Array]]:
 
 
 def moved(student: Student) -> Array:
-    return student.start() + 0.3 * student.units() * normal(3, student.count)
+    return student.start() + 0.3 * units_of(student.parameters, student.count) * normal(3, student.count)
 
 
 @pytest.mark.parametrize("plan", [name for name in plans() if name not in ("dynamic", "nbits")])

@@ -23,7 +23,7 @@ from intaglio.passes.errors import InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.learner import Learner
 from intaglio.passes.save import serialized_size
-from intaglio.passes.student import make_student
+from intaglio.passes.student import Student, make_student
 from intaglio.passes.tune import TuneResult, tune
 from intaglio.passes.verify import compare
 from tests.models import normal, parse
@@ -280,6 +280,7 @@ PLACES = {
     "a later measurement": (Course, "divergence", 3),
     "a result that is kept": (module._Run, "_consider", 2),
     "a checkpoint": (Checkpoint, "save", 7),
+    "the result": (Student, "taught", 1),
 }
 
 
