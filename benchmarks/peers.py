@@ -62,7 +62,7 @@ PEERS = (
 )
 
 BUDGETS = {
-    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"), ("--size", "0.15", "--latency", "0.39", "--threads", "2")),
+    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"),),
     "squeezenet": (("--size", "0.1666", "--latency", "0.42"),),
     "minilm": (
         ("--size", "0.125", "--latency", "0.39"),
