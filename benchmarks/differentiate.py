@@ -4,8 +4,8 @@ The step computes the mean cross-entropy of the first output against random labe
 with two axes or more, and to the biases of the layers that these belong to. Inputs are random. Printed are the seconds of the forward pass
 and of the step (medians of runs that take turns), their ratio, and the peak resident memory of a fresh process that runs the step.
 
-With --torch the same step in PyTorch takes turns with them: the graph is run by a small interpreter over torch.nn.functional, which knows
-what convolutional classifiers are made of (Conv, BatchNormalization, Relu, Add, pools, Flatten, Gemm).
+With --torch the same step in PyTorch takes turns with them: the graph is run by the interpreter in `torch_nodes.py`, which knows
+what convolutional classifiers are made of.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from intaglio.passes.differentiate import differentiate
 from intaglio.passes.loss import with_cross_entropy
@@ -97,6 +97,7 @@ def medians(steps: Mapping[str, Step], runs: int) -> dict[str, float]:
 def torch_steps(proto: ModelProto, inputs: Mapping[str, Array], labels: Array, threads: int) -> dict[str, Step]:
     """Forward pass and training step of the graph in PyTorch."""
     import torch
+    from torch_nodes import UnknownOperator, run_node
 
     torch.set_num_threads(threads)
     wanted = set(trained(proto))
@@ -110,7 +111,10 @@ def torch_steps(proto: ModelProto, inputs: Mapping[str, Array], labels: Array, t
     def logits() -> Any:
         values = {**weights, **data}
         for node in proto.graph.node:
-            values[node.output[0]] = torch_node(node, [values[name] for name in node.input])
+            try:
+                values[node.output[0]] = run_node(node, [values.get(name) for name in node.input])
+            except UnknownOperator as error:
+                raise SystemExit(f"{error}; leave --torch out") from error
         return values[proto.graph.output[0].name]
 
     def forward() -> None:
@@ -121,50 +125,6 @@ def torch_steps(proto: ModelProto, inputs: Mapping[str, Array], labels: Array, t
         torch.autograd.grad(torch.nn.functional.cross_entropy(logits(), targets), leaves)
 
     return {"PyTorch forward": forward, "PyTorch step": step}
-
-
-def torch_node(node: NodeProto, inputs: Sequence[Any]) -> Any:
-    """One operator in PyTorch.
-
-    Raises:
-        SystemExit: the interpreter does not know it.
-    """
-    import torch
-
-    functional: Any = torch.nn.functional
-    given = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
-    pads = given.get("pads", [0] * 4)
-    half = len(pads) // 2
-    if pads[:half] != pads[half:]:
-        raise SystemExit(f"the interpreter over PyTorch has no padding {pads} ({node.op_type} '{node.name}')")
-    window = {"stride": given.get("strides", 1), "padding": pads[:half]}
-    if node.op_type == "Conv":
-        return functional.conv2d(*inputs, dilation=given.get("dilations", 1), groups=given.get("group", 1), **window)
-    if node.op_type == "BatchNormalization":
-        x, scale, bias, mean, variance = inputs
-        return functional.batch_norm(x, mean, variance, scale, bias, eps=given.get("epsilon", 1e-5))
-    if node.op_type == "MaxPool":
-        return functional.max_pool2d(inputs[0], given["kernel_shape"], ceil_mode=bool(given.get("ceil_mode", 0)), **window)
-    if node.op_type == "AveragePool":
-        include = bool(given.get("count_include_pad", 0))
-        return functional.avg_pool2d(inputs[0], given["kernel_shape"], count_include_pad=include, **window)
-    if node.op_type == "GlobalAveragePool":
-        return inputs[0].mean((2, 3), keepdim=True)
-    if node.op_type == "Flatten":
-        return inputs[0].flatten(given.get("axis", 1))
-    if node.op_type == "Gemm" and not given.get("transA", 0):
-        weight = inputs[1] if given.get("transB", 0) else inputs[1].T
-        return functional.linear(inputs[0], weight, *inputs[2:])
-    simple: dict[str, Callable[..., Any]] = {
-        "Relu": torch.relu,
-        "Add": torch.add,
-        "Concat": lambda *values: torch.cat(values, given["axis"]),
-        "Identity": lambda value: value,
-        "Dropout": lambda value: value,
-    }
-    if node.op_type not in simple:
-        raise SystemExit(f"the interpreter over PyTorch does not know {node.op_type} ('{node.name}'); leave --torch out")
-    return simple[node.op_type](*inputs)
 
 
 # --- the command

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import TensorProto
 
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment
@@ -176,14 +177,30 @@ def fit_pruned(
     bias = find_bias(model, site, index)
     if bias is None or moment.mean is None:
         return part, arrays
-    rebuilt = smaller[0].matrix(decoded)
-    shift = np.zeros((site.use.view.groups, site.use.view.m))
-    if site.use.view.groups > 1:
-        shift[rows] = bias_shift(site.matrix(value)[rows], rebuilt, metric)
-    else:
-        whole = rebuilt if kept_in is None else spread(rebuilt, block, kept_in, site.use.view.n // block)
-        shift[:, rows] = bias_shift(site.matrix(value)[:, rows], whole, moment)
-    return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
+    outputs, rebuilt, seen = _outputs(site, rows), smaller[0].matrix(decoded), metric
+    if site.use.view.groups == 1:  # what dropped inputs leave out of the mean counts too
+        seen = moment
+        rebuilt = rebuilt if kept_in is None else spread(rebuilt, block, kept_in, site.use.view.n // block)
+    return _shifted(model, site, part, bias, outputs, bias_shift(site.matrix(value)[outputs], rebuilt, seen)), arrays
+
+
+def _outputs(site: Site, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64] | slice, NDArray[np.int64] | slice]:
+    """Where `kept_rows` lie in the matrix view, (groups, m, n)."""
+    return (rows, slice(None)) if site.use.view.groups > 1 else (slice(None), rows)
+
+
+def _shifted(
+    model: Model,
+    site: Site,
+    part: Fragment,
+    bias: TensorProto,
+    outputs: tuple[NDArray[np.int64] | slice, NDArray[np.int64] | slice],
+    shift: NDArray[np.float64],
+) -> Fragment:
+    """A fragment whose bias takes up a shift of the mean at the outputs that stay."""
+    whole = np.zeros((site.use.view.groups, site.use.view.m))
+    whole[outputs] = shift
+    return replace(part, changes={bias.name: corrected(model, bias, whole)})
 
 
 def cut_weight(model: Model, site: Site, moment: Moment, channels: Channels, cuts: Mapping[str, Cut]) -> NDArray[np.generic]:
@@ -221,7 +238,7 @@ def match_pruned(
     """
     _, _, kept_out = kept_channels(site, channels, cuts)
     smaller, rows, bias = as_dense(site, form), kept_rows(site, kept_out), find_bias(model, site, index)
-    outputs = (rows, slice(None)) if site.use.view.groups > 1 else (slice(None), rows)
+    outputs = _outputs(site, rows)
     weight, pair = site.matrix(site.value(model))[outputs], pooled(folds)
     target = matched(weight, smaller[0].matrix(start), folds, free_mean=bias is not None)
     aim = (start, smaller[0].matrix(start)) if target is None else (smaller[0].stored(target), target)
@@ -229,9 +246,7 @@ def match_pruned(
     part = fragment(site, form, arrays, model.proto, taken)
     if bias is None:
         return part, arrays
-    shift = np.zeros((site.use.view.groups, site.use.view.m))
-    shift[outputs] = mean_shift(weight, smaller[0].matrix(decoded), pair)
-    return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
+    return _shifted(model, site, part, bias, outputs, mean_shift(weight, smaller[0].matrix(decoded), pair)), arrays
 
 
 def kept_channels(
