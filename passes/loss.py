@@ -205,24 +205,6 @@ def with_cross_entropy(proto: ModelProto, scores: str, labels: str = "labels", s
     return with_loss(proto, [CrossEntropy(scores, labels, sample_weights)])
 
 
-def with_mse(proto: ModelProto, values: str, teacher: str = "teacher", *, relative: bool = True) -> WithLoss:
-    """Append the `SquaredError` of a value.
-
-    Raises:
-        InputError: as `with_loss`.
-    """
-    return with_loss(proto, [SquaredError(values, teacher, relative)])
-
-
-def with_named_loss(proto: ModelProto, value: str) -> WithLoss:
-    """Append the mean of a value that the model computes itself.
-
-    Raises:
-        InputError: as `with_loss`.
-    """
-    return with_loss(proto, [Named(value)])
-
-
 # --- terms
 
 

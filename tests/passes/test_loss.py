@@ -24,8 +24,6 @@ from intaglio.passes.loss import (
     Term,
     with_cross_entropy,
     with_loss,
-    with_mse,
-    with_named_loss,
 )
 from tests.models import operators, parse, run
 
@@ -180,14 +178,14 @@ def test_a_weighted_sum_of_terms_that_share_an_input() -> None:
 
 
 def test_a_loss_of_the_model_itself() -> None:
-    built = with_named_loss(parse("g (float[3, 4] x) => (float y) { s = Mul (x, x) y = ReduceSum <keepdims = 0> (s) }"), "s")
+    built = with_loss(parse("g (float[3, 4] x) => (float y) { s = Mul (x, x) y = ReduceSum <keepdims = 0> (s) }"), [Named("s")])
     x = np.random.default_rng(4).standard_normal((3, 4)).astype(np.float32)
     assert abs(run(built.proto, {"x": x})[-1] - (x**2).mean()) < 1e-6  # float32
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_half_precision_models_have_losses_in_float32(dtype: str) -> None:
-    built = with_mse(scores((3, 4), dtype=dtype), "y")
+    built = with_loss(scores((3, 4), dtype=dtype), [SquaredError("y", "teacher")])
     types = {value.name: value.type.tensor_type.elem_type for value in (*built.proto.graph.input, *built.proto.graph.output)}
     assert types["teacher"] == types["loss"] == onnx.TensorProto.FLOAT
     found = differentiate(built.proto, ["loss"], ["x"])
