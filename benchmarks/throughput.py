@@ -40,10 +40,10 @@ from intaglio.passes.latent import Levelled, Plain, Rounded, Tabled
 from intaglio.passes.options import Runtime
 from intaglio.passes.plan import Correction, Plan
 from intaglio.passes.prepare import equalized
-from intaglio.passes.search import plan_within
 from intaglio.passes.student import Parameter, Student, make_student
 from intaglio.passes.tune_options import TuneOptions
 from intaglio.passes.tuning import lessons_of
+from intaglio.passes.within import plan_within
 
 TARGET = 0.7
 """Of PyTorch's throughput."""

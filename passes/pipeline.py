@@ -29,11 +29,12 @@ from .plan import Menu, Plan
 from .prepare import equalized
 from .rounds import Round, approached
 from .save import save
-from .search import FARTHEST_OFF, LOOSE, SLACK, Attempt, latency_of, searched, taught
+from .search import FARTHEST_OFF, Attempt, searched, taught
 from .task import TaskOutcome
 from .tune import TuneResult
 from .tuning import check_tuning
 from .verify import Comparison, compare
+from .within import LOOSE, SLACK, latency_of
 
 _TUNINGS = 3
 """Most rounds of choosing and tuning for an error budget: what tuning gains is known only afterwards."""

@@ -42,10 +42,11 @@ from .pipeline import Outcome, compress_job, verified
 from .plan import Correction, Menu, Plan
 from .price import SizePricer
 from .recall import Finding
-from .search import FARTHEST_OFF, plan_within
+from .search import FARTHEST_OFF
 from .sites import Site
 from .task import Standing, Step, TaskOutcome, check_task, gain, loss_change, stand, unit_loss
 from .verify import compare
+from .within import plan_within
 
 PRESETS = ("lossless", "compact")
 

@@ -22,7 +22,7 @@ from .options import Progress, silent
 from .plan import Correction, Plan
 from .prepare import equalized
 from .price import SizePricer
-from .search import choose_within, plan_within
+from .within import choose_within, plan_within
 
 ROUNDS = 4
 """Most times that a plan is solved again because its exact bytes are over the sum of its candidates'."""

@@ -1,0 +1,76 @@
+"""Plans within measured budgets, where what single operators took misleads about the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from intaglio.ops.form import UNCHANGED, Form
+from intaglio.passes import within
+from intaglio.passes.errors import InfeasibleError
+from intaglio.passes.job import Clock
+from intaglio.passes.plan import Candidate, Correction, Menu, Plan
+from intaglio.passes.within import plan_within
+from intaglio.solver import Budget, Cost
+
+LARGE = Form("dense", (), "int8", "integer")
+SMALL = Form("dense", (), "int4", "nbits")
+GENTLE = Form("lowrank", (8,), "float", "contract")
+BASE = Cost(10_000, 0.01, 0.0)
+
+FORMS = {
+    LARGE: Candidate(LARGE, -5_000, -0.006, 0.02, 0.2),
+    SMALL: Candidate(SMALL, -8_000, -0.005, 0.01, 0.1),
+    GENTLE: Candidate(GENTLE, -6_000, -0.002, 0.001, 0.01),
+}
+
+
+def planned(monkeypatch: pytest.MonkeyPatch, ratios: Mapping[Form, float], *, size: int = 9_000, latency: float) -> Plan:
+    """A plan for a model of one layer whose forms take these shares of the original's time when they are measured."""
+    menu = Menu("0" * 64, {"w": (Candidate(UNCHANGED, 0, 0.0, 0.0, 0.0), *FORMS.values())}, BASE, {}, "kl_nats")
+    sizes: Any = SimpleNamespace(total=lambda forms: BASE.size_bytes + menu_bytes(forms["w"]))
+    job: Any = SimpleNamespace(clock=Clock())
+    monkeypatch.setattr(within, "_ratio", lambda _job, forms, _limit: {UNCHANGED: 1.0, **ratios}[forms["w"]])
+    return plan_within(job, menu, Budget(size, latency * BASE.latency_s), Correction(), sizes)
+
+
+def menu_bytes(form: Form) -> int:
+    return 0 if form == UNCHANGED else FORMS[form].size_bytes
+
+
+@pytest.mark.parametrize("form", [LARGE, SMALL, GENTLE])
+def test_a_budget_that_looks_out_of_reach_is_met_by_whatever_form_meets_it(monkeypatch: pytest.MonkeyPatch, form: Form) -> None:
+    ratios = {each: 0.2 if each == form else 0.9 for each in FORMS}
+    if form == GENTLE:  # the fastest of no size: nothing tells it from others that are slow
+        with pytest.raises(InfeasibleError, match="no plan meets"):
+            planned(monkeypatch, ratios, latency=0.3)
+    else:
+        assert planned(monkeypatch, ratios, latency=0.3).forms == {"w": form}
+
+
+def test_the_gentlest_plan_is_taken_once_a_fast_one_has_shown_that_sums_are_too_high(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, {LARGE: 0.1, SMALL: 0.25, GENTLE: 0.7}, latency=0.35)
+    assert plan.forms == {"w": SMALL}
+    assert plan.correction.latency == pytest.approx(1.5)
+
+
+def test_a_larger_size_is_never_harder_to_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = {LARGE: 0.9, SMALL: 0.3, GENTLE: 0.9}
+    for size in (2_500, 4_500, 5_500, 9_000):
+        plan = planned(monkeypatch, ratios, size=size, latency=0.35)
+        assert plan.forms == {"w": SMALL}
+        assert plan.budget == Budget(size, 0.35 * BASE.latency_s)
+
+
+def test_what_no_plan_keeps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InfeasibleError, match=r"no plan meets size 9,000 B, latency 1 ms.*nearest feasible"):
+        planned(monkeypatch, {LARGE: 0.5, SMALL: 0.6, GENTLE: 0.9}, latency=0.1)
+
+
+def test_plans_that_measure_slower_than_predicted_are_solved_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, {LARGE: 0.5, SMALL: 0.7, GENTLE: 0.85}, latency=0.85)
+    assert plan.forms == {"w": SMALL}  # gentle ones are predicted to take 0.8 of the original's time
+    assert plan.correction.latency < 1
