@@ -49,6 +49,8 @@ def searched(job: Job, menu: Menu, budget: Budget, sizes: SizePricer, progress: 
             if best is None or not best.keeps(budget):
                 raise
             break
+        if best is not None and best.in_time and plan.forms == best.plan.forms:
+            break  # fitted already
         fitted = fit_forms(job, plan.forms, keep=asked_steps(job.settings.tune) is not None, progress=progress)
         model = finish(job, plan.forms, fitted)
         measured = divergence_of(job, model)
