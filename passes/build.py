@@ -21,10 +21,11 @@ from .curvature import output_metrics
 from .cuts import Cut
 from .errors import InputError
 from .fit import Arrays, rebuilt, store
-from .graph import ValueIndex, all_names
+from .frontier import Frontier
+from .graph import MAIN, ValueIndex, all_names, downstream
 from .integer import place
 from .job import Job
-from .match import FOLDS, downstream, levels, matchable, matched, mean_shift, pooled
+from .match import FOLDS, levels, matchable, matched, mean_shift, pooled
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
@@ -174,6 +175,8 @@ class _Fitting:
         self._packed: dict[str, Arrays] = {}
         self._starts: dict[str, NDArray[np.generic]] = {}
         self._current = job.model
+        self._frontiers = [Frontier(job.model, job.data, job.splits.fit, job.calibration) for _ in ("original", "current")]
+        self._pending = {site.name: site for site in self.chosen}
 
     @property
     def result(self) -> Fitted:
@@ -202,6 +205,8 @@ class _Fitting:
         self._keep(whole, partial(self._whole, weighed, pairs))
         self._keep([site for site in stage if site.name in pairs and site.name not in moments], partial(self._repruned, pairs))
         self._rewrite()
+        for site in stage:
+            del self._pending[site.name]
 
     def _keep(self, sites: Sequence[Site], fit: Callable[[Site], tuple[Fragment, Arrays]]) -> None:
         """Fit sites; their arrays go to the model's spool, if that has one, and are held only if they are to be kept."""
@@ -226,8 +231,19 @@ class _Fitting:
         first, *_ = levels(job.model.proto, stage)
         moved = [site for site in first if matchable(site) and FAMILIES[site.use.key].activation(site.use)[0] in changed]
         paired = [self._paired(site) for site in moved]
-        seed, fit = job.settings.seed, job.splits.fit
-        return calibrate_pairs(job.model, self._current, paired, job.shapes, job.data, fit, job.calibration, seed=seed, folds=FOLDS)
+        if not paired:
+            return {}
+        pending = self._unsettled()
+        for frontier, model in zip(self._frontiers, (job.model, self._current), strict=True):
+            frontier.move(model, pending)
+        return calibrate_pairs(*self._frontiers, paired, job.shapes, job.calibration, seed=job.settings.seed, folds=FOLDS)
+
+    def _unsettled(self) -> set[str]:
+        """Values that change when the sites that are still to be fitted change."""
+        uses = [use for site in self._pending.values() for use in site.uses if use.scope == MAIN]
+        changes = [part.changes for name, part in self._fragments.items() if name in self._pending]
+        anchors = {site.anchor for site in self._pending.values()}
+        return anchors.union(*(use.use.node.output for use in uses), *changes)
 
     def _paired(self, site: Site) -> PairedSite:
         """A site and what it is in the model as it is now."""

@@ -26,6 +26,7 @@ from intaglio.ops.view import MatrixView
 
 from .data import Dataset, Feed
 from .execute import Executor
+from .frontier import Frontier
 from .graph import MAIN, all_names
 from .model import Model
 from .options import Runtime
@@ -144,12 +145,10 @@ def calibrate(
 
 
 def calibrate_pairs(
-    reference: Model,
-    model: Model,
+    reference: Frontier,
+    current: Frontier,
     sites: Sequence[PairedSite],
     shapes: Mapping[str, Shapes],
-    data: Dataset,
-    indices: NDArray[Any],
     runtime: Runtime,
     *,
     seed: int = 0,
@@ -161,12 +160,10 @@ def calibrate_pairs(
     memory for models that run in one piece. Positions of a Conv are sampled in both at the same places.
 
     Args:
-        reference: the model that the sites were found in.
-        model: what has become of it.
+        reference: the model that the sites were found in, at most as far as what they read.
+        current: what has become of it, on the same samples.
         sites: with what they have become; all of the main graph, and of operators in `PAIRED`.
         shapes: from `observe`, of the reference.
-        data: the samples.
-        indices: which of them, (n,) integer.
         runtime: how to run.
         seed: of the sampled positions.
         folds: feeds are dealt out to as many parts of the samples.
@@ -179,7 +176,7 @@ def calibrate_pairs(
     limit_bytes = MOMENT_LIMIT_BYTES // (2 * folds)
     for part in moment_parts([each.site for each in sites], limit_bytes):
         pairs = [by_name[site.name] for site in part]
-        found |= _calibrate_pairs_part(reference, model, pairs, shapes, data, indices, runtime, seed, folds)
+        found |= _calibrate_pairs_part(reference, current, pairs, shapes, runtime, seed, folds)
     return found
 
 
@@ -223,22 +220,19 @@ def _calibrate_part(
 
 
 def _calibrate_pairs_part(
-    reference: Model,
-    model: Model,
+    reference: Frontier,
+    current: Frontier,
     sites: Sequence[PairedSite],
     shapes: Mapping[str, Shapes],
-    data: Dataset,
-    indices: NDArray[Any],
     runtime: Runtime,
     seed: int,
     folds: int,
 ) -> dict[str, tuple[Pair, ...]]:
-    graph = _Summing(model, shapes, len(indices), seed)
+    graph = _Summing(current.model, shapes, current.samples, seed)
     for each in sites:
         graph.add(each.current, each)
-    inputs = Executor.of(reference, list(graph.fed), runtime).run(feed for feed, _ in data.feeds(indices, runtime.batch))
-    plain = (feed for feed, _ in data.feeds(indices, runtime.batch))
-    feeds = ({**feed, **dict(zip(graph.fed.values(), found, strict=True))} for feed, found in zip(plain, inputs, strict=True))
+    inputs = Executor.of(reference.model, list(graph.fed), runtime).run(reference.feeds())
+    feeds = ({**feed, **dict(zip(graph.fed.values(), found, strict=True))} for feed, found in zip(current.feeds(), inputs, strict=True))
     folded = [sums for sums in graph.run(feeds, runtime, folds) if sums]
     pairs = {each.site.name: tuple(sums[graph.keys[each.site.name]].pair(each.current) for sums in folded) for each in sites}
     return {name: found for name, found in pairs.items() if all(pair.finite for pair in found)}

@@ -180,6 +180,16 @@ def live(body: Body, names: Iterable[str]) -> tuple[set[int], set[str]]:
     return positions, needed
 
 
+def downstream(proto: ModelProto, names: Iterable[str]) -> set[str]:
+    """The given values of the main graph and all that are computed from them; everything else is as it was once they change."""
+    found = set(names)
+    for node in proto.graph.node:  # in running order
+        if not found.isdisjoint(reads(node)):
+            found.update(node.output)
+    found.discard("")
+    return found
+
+
 def topological(nodes: Sequence[NodeProto]) -> list[NodeProto]:
     """The nodes, each after those it reads from, otherwise as near to the given order as that allows.
 

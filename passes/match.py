@@ -30,7 +30,7 @@ from intaglio.ops.decompositions.linalg import lower_root, solve_lower
 from intaglio.ops.moment import Moment, OutputMetric
 
 from .calibrate import PAIRED, Pair
-from .graph import MAIN, reads
+from .graph import MAIN, downstream, reads
 from .sites import Site
 
 Float64 = NDArray[np.float64]
@@ -48,16 +48,6 @@ _JUDGED_OUTPUTS = 64
 def matchable(site: Site) -> bool:
     """Whether a site's inputs can be compared with the original's: one use, in the main graph, by an operator in `PAIRED`."""
     return len(site.uses) == 1 and site.scope == site.uses[0].scope == MAIN and site.op_type in PAIRED
-
-
-def downstream(proto: ModelProto, names: Iterable[str]) -> set[str]:
-    """The given values of the main graph and all that are computed from them; everything else is as it was once they change."""
-    found = set(names)
-    for node in proto.graph.node:  # in running order
-        if not found.isdisjoint(reads(node)):
-            found.update(node.output)
-    found.discard("")
-    return found
 
 
 def levels(proto: ModelProto, sites: Sequence[Site]) -> list[list[Site]]:

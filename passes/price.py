@@ -180,8 +180,14 @@ def _varint_bytes(value: int) -> int:
 
 
 def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:
-    """Random values of an array's shape and dtype, scaled like weights; zeros for integers."""
+    """Random values of an array's shape and dtype, scaled like weights; bytes are spread like quantized weights, other integers are zeros.
+
+    Processors multiply zeros faster: by a tenth in the 8-bit kernels for whole models.
+    """
     spec = spec_of(array)
+    if spec.dtype in (np.int8, np.uint8):
+        codes = np.clip(np.rint(32 * rng.standard_normal(spec.shape)), -127, 127).astype(np.int8)
+        return codes.view(np.uint8) ^ np.uint8(128) if spec.dtype == np.uint8 else codes
     if spec.dtype.kind in "iu":
         return np.zeros(spec.shape, spec.dtype)
     return np.asarray(rng.standard_normal(spec.shape) / max(1, spec.shape[-1]) ** 0.5, spec.dtype)

@@ -12,6 +12,7 @@ from intaglio.ops.moment import Moment
 from intaglio.passes import calibrate as module
 from intaglio.passes.calibrate import PAIRED, UNSEEN, Pair, PairedSite, Shapes, calibrate, calibrate_pairs, observe, sampled_positions
 from intaglio.passes.data import Dataset, input_specs, open_dataset
+from intaglio.passes.frontier import Frontier
 from intaglio.passes.load import load
 from intaglio.passes.options import Runtime
 from intaglio.passes.sites import find_sites
@@ -320,8 +321,8 @@ def pairs(name: str, scale: Array, folds: int = 1, batch: int = 16) -> tuple[Pai
     (site,) = (site for site in find_sites(reference) if site.name == "w")
     shapes = observe(reference, (site,), data.first(1), Runtime())
     runtime = Runtime(batch=batch)
-    found = calibrate_pairs(reference, model, [PairedSite(site, site)], shapes, data, np.arange(len(data)), runtime, folds=folds)
-    return found["w"]
+    whole = (Frontier(each, data, np.arange(len(data)), runtime) for each in (reference, model))
+    return calibrate_pairs(*whole, [PairedSite(site, site)], shapes, runtime, folds=folds)["w"]
 
 
 PAIRED_CASES = [name for name in CASES if name not in ("gather", "lstm", "gru", "rnn")]
@@ -386,7 +387,8 @@ def test_pruned_layers_are_paired_with_what_they_were(monkeypatch: pytest.Monkey
     x = normal(4, 9, 16, 6, 6)
     data = open_dataset({"x": x}, input_specs(model.proto))
     shapes = observe(reference, [each.site for each in paired], data.first(1), Runtime())
-    found = calibrate_pairs(reference, model, paired, shapes, data, np.arange(9), Runtime())
+    whole = (Frontier(each, data, np.arange(9), Runtime()) for each in (reference, model))
+    found = calibrate_pairs(*whole, paired, shapes, Runtime())
     rows = patches(x, (3, 3), [1, 1, 1, 1], [1, 1], [1, 1], 16)[kept]
     assert_pair(found["dw"][0], rows, rows)
     inputs = np.einsum("gkn,gn->kg", patches(x, (3, 3), [1, 1, 1, 1], [1, 1], [1, 1], 16), dw.reshape(16, 9))
@@ -399,4 +401,5 @@ def test_inputs_that_are_not_finite_have_no_pair() -> None:
     data = open_dataset(CASES[name].inputs, input_specs(model.proto))
     (site,) = find_sites(reference)
     shapes = observe(reference, (site,), data.first(1), Runtime())
-    assert not calibrate_pairs(reference, model, [PairedSite(site, site)], shapes, data, np.arange(len(data)), Runtime())
+    whole = (Frontier(each, data, np.arange(len(data)), Runtime()) for each in (reference, model))
+    assert not calibrate_pairs(*whole, [PairedSite(site, site)], shapes, Runtime())

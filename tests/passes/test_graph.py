@@ -15,6 +15,7 @@ from intaglio.passes.graph import (
     ValueIndex,
     all_names,
     captures,
+    downstream,
     field_size,
     live,
     reads,
@@ -22,6 +23,7 @@ from intaglio.passes.graph import (
     topological,
 )
 from intaglio.passes.session import open_session, to_array, to_value
+from tests.models import normal, parse
 
 NESTED = """
 <ir_version: 8, opset_import: ["" : 17, "my" : 1]>
@@ -141,3 +143,21 @@ def test_topological_keeps_an_order_that_is_right_and_refuses_a_cycle(nested: Mo
     loop = [onnx.helper.make_node("Neg", ["b"], ["a"], "n1"), onnx.helper.make_node("Neg", ["a"], ["b"], "n2")]
     with pytest.raises(InputError, match="node 'n1'"):
         topological(loop)
+
+
+TWO = "g (float[N, 16] x) => (float[N, 24] y, float[N, 24] z) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) z = MatMul (x, c) }"
+
+
+def test_what_lies_downstream() -> None:
+    proto = parse(TWO, {"a": normal(1, 16, 16), "b": normal(2, 16, 24), "c": normal(3, 16, 24)})
+    assert downstream(proto, {"a"}) == {"a", "h", "r", "y"}
+    assert downstream(proto, {"c"}) == {"c", "z"}
+    assert downstream(proto, ()) == set()
+
+
+def test_nested_graphs_pass_changes_on() -> None:
+    text = """g (float[N, 16] x, bool k) => (float[N, 8] y) {
+        h = MatMul (x, a)
+        y = If (k) <then_branch = t () => (float[N, 8] u) { u = Relu (h) }, else_branch = e () => (float[N, 8] v) { v = Neg (h) }>
+    }"""
+    assert downstream(parse(text, {"a": normal(1, 16, 8)}), {"a"}) == {"a", "h", "y"}

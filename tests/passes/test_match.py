@@ -18,7 +18,7 @@ from intaglio.passes.build import finish, fit_forms
 from intaglio.passes.calibrate import Pair
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.load import load
-from intaglio.passes.match import centred, downstream, levels, matchable, matched, mean_shift, pooled
+from intaglio.passes.match import centred, levels, matchable, matched, mean_shift, pooled
 from intaglio.passes.options import Runtime
 from intaglio.passes.sites import find_sites
 from tests.models import CASES, Array, normal, parse, run
@@ -125,21 +125,6 @@ def test_fewer_rows_than_inputs_do_not_lead_astray() -> None:
 
 
 TWO = "g (float[N, 16] x) => (float[N, 24] y, float[N, 24] z) { h = MatMul (x, a) r = Relu (h) y = MatMul (r, b) z = MatMul (x, c) }"
-
-
-def test_what_lies_downstream() -> None:
-    proto = parse(TWO, {"a": normal(1, 16, 16), "b": normal(2, 16, 24), "c": normal(3, 16, 24)})
-    assert downstream(proto, {"a"}) == {"a", "h", "r", "y"}
-    assert downstream(proto, {"c"}) == {"c", "z"}
-    assert downstream(proto, ()) == set()
-
-
-def test_nested_graphs_pass_changes_on() -> None:
-    text = """g (float[N, 16] x, bool k) => (float[N, 8] y) {
-        h = MatMul (x, a)
-        y = If (k) <then_branch = t () => (float[N, 8] u) { u = Relu (h) }, else_branch = e () => (float[N, 8] v) { v = Neg (h) }>
-    }"""
-    assert downstream(parse(text, {"a": normal(1, 16, 8)}), {"a"}) == {"a", "h", "y"}
 
 
 def test_levels_hold_sites_that_do_not_read_each_other() -> None:

@@ -319,7 +319,7 @@ def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatencyPricer, "calibrate_integers", lambda *_: None)
     monkeypatch.setattr(LatencyPricer, "carry", lambda *_: -1e-5)
     monkeypatch.setattr(LatencyPricer, "boundary", lambda *_: (1e-5, 1e-5))
-    for module in ("pipeline", "search"):
+    for module in ("pipeline", "search", "within"):
         monkeypatch.setattr(f"intaglio.passes.{module}.latency_of", whole)
     monkeypatch.setattr("intaglio.passes.pipeline.measure_loading", lambda *_, **__: Loading(1e-3, 1000))
 
