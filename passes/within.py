@@ -37,6 +37,9 @@ _ROUNDS = 12
 _SHARES = (0.98, 0.7, 0.5, 0.35, 0.25)
 """Shares of a size budget whose fastest plans are tried where no plan looks fast enough: different ones are made of different operators."""
 
+_NARROW = 1.005
+"""Corrections that are nearer to each other than this factor are not told apart."""
+
 _PAIRS = 25
 """Pairs of runs of one comparison of two models."""
 
@@ -48,20 +51,24 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         InfeasibleError: no plan keeps them.
     """
     best: Plan | None = None
-    fast, slow = 0.0, float("inf")  # corrections under which plans kept the latency budget, and did not
+    fast, slow = 0.0, float("inf")  # corrections under which plans kept the latency budget (or none seemed to), and did not
     fastest = float("inf")
     for _ in range(_ROUNDS):
-        ratio = None
+        rung: float | None = None
         try:
             with job.clock.phase("solve"):
                 plan = choose_within(menu, budget, correction, joint=joint)
         except InfeasibleError:
             if best is not None:
-                break
+                fast = max(fast, correction.latency)  # pessimistic: under it even what keeps the budget looks too slow
+                if slow <= fast * _NARROW or slow == float("inf"):
+                    break
+                correction = replace(correction, latency=(fast * slow) ** 0.5)
+                continue
             found = _fastest_within(job, menu, budget, correction, sizes)
             if found is None:
                 raise
-            plan, ratio = found
+            plan, rung = found
         excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
         if excess > 0:
             correction = replace(correction, spare_bytes=int(budget.size_bytes or 0) - (plan.size_bytes - excess - 16))
@@ -69,14 +76,13 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         if budget.latency_s is None:
             return plan
         limit = budget.latency_s / menu.base.latency_s
-        if ratio is None:
-            ratio = _ratio(job, plan.forms, limit)
+        ratio = _ratio(job, plan.forms, limit) if rung is None else rung
         fastest = min(fastest, ratio)
         predicted = plan.latency_s / menu.base.latency_s
         keeps, own = ratio <= limit * SLACK, plan.correction.latency
         if keeps and (best is None or plan.divergence < best.divergence):
             best = plan
-        if limit * _CLOSE <= ratio <= limit * SLACK or predicted >= 1:
+        if (rung is None and limit * _CLOSE <= ratio <= limit * SLACK) or predicted >= 1:
             break
         fast, slow = (max(fast, own), slow) if keeps else (fast, min(slow, own))
         wanted = max(0.05, own * (1 - ratio) / (1 - predicted))

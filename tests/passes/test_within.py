@@ -74,3 +74,10 @@ def test_plans_that_measure_slower_than_predicted_are_solved_again(monkeypatch: 
     plan = planned(monkeypatch, {LARGE: 0.5, SMALL: 0.7, GENTLE: 0.85}, latency=0.85)
     assert plan.forms == {"w": SMALL}  # gentle ones are predicted to take 0.8 of the original's time
     assert plan.correction.latency < 1
+
+
+def test_a_harmful_plan_is_not_kept_where_a_gentler_one_is_fast_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The fastest plan keeps the budget with room to spare, the gentlest that then looks fast enough does not; one between them does."""
+    ratios = {LARGE: 0.2, SMALL: 0.39, GENTLE: 0.45}
+    monkeypatch.setitem(FORMS, GENTLE, Candidate(GENTLE, -6_000, -0.0049, 0.001, 0.01))
+    assert planned(monkeypatch, ratios, latency=0.41).forms == {"w": SMALL}
