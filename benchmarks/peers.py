@@ -62,8 +62,8 @@ PEERS = (
 )
 
 BUDGETS = {
-    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"),),
-    "squeezenet": (("--size", "0.1666", "--latency", "0.42"),),
+    "cifar_resnet": (("--size", "0.11", "--latency", "0.26"),),
+    "squeezenet": (("--size", "0.1666", "--latency", "0.42"), ("--size", "0.22", "--latency", "0.46")),
     "minilm": (
         ("--size", "0.125", "--latency", "0.4"),
         ("--size", "0.25", "--latency", "0.38"),

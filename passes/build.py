@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -234,16 +235,21 @@ class _Fitting:
         if not paired:
             return {}
         pending = self._unsettled()
+        wanted = {FAMILIES[use.use.key].activation(use.use)[0] for site in self._pending.values() for use in site.uses}
         for frontier, model in zip(self._frontiers, (job.model, self._current), strict=True):
-            frontier.move(model, pending)
+            frontier.move(model, pending, wanted)
         return calibrate_pairs(*self._frontiers, paired, job.shapes, job.calibration, seed=job.settings.seed, folds=FOLDS)
 
     def _unsettled(self) -> set[str]:
-        """Values that change when the sites that are still to be fitted change."""
-        uses = [use for site in self._pending.values() for use in site.uses if use.scope == MAIN]
-        changes = [part.changes for name, part in self._fragments.items() if name in self._pending]
-        anchors = {site.anchor for site in self._pending.values()}
-        return anchors.union(*(use.use.node.output for use in uses), *changes)
+        """Values of the main graph that the sites yield which are still to be fitted, or that their fragments compute on the way.
+
+        Pruned sites have fragments that are still to be fitted. Sites whose weights lie in nested graphs come after all others.
+        """
+        sites = self._pending.values()
+        parts = [part for name, part in self._fragments.items() if name in self._pending]
+        nodes = [use.use.node for site in sites for use in site.uses if use.scope == MAIN]
+        nodes += [node for part in parts for node in (*part.weights, *chain.from_iterable(part.replacements))]
+        return {site.anchor for site in sites}.union(*(node.output for node in nodes), *(part.changes for part in parts))
 
     def _paired(self, site: Site) -> PairedSite:
         """A site and what it is in the model as it is now."""

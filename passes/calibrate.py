@@ -156,12 +156,12 @@ def calibrate_pairs(
 ) -> dict[str, tuple[Pair, ...]]:
     """How the inputs of layers in a model go with those of the same layers in a reference, by site name.
 
-    The reference is run first and its inputs are fed into the model's graph, which sums the products: at most one feed's inputs are in
-    memory for models that run in one piece. Positions of a Conv are sampled in both at the same places.
+    The reference is run first and its inputs are fed into the model's graph, which sums the products: besides what frontiers hold, at most
+    one feed's inputs are in memory for models that run in one piece. Positions of a Conv are sampled in both at the same places.
 
     Args:
-        reference: the model that the sites were found in, at most as far as what they read.
-        current: what has become of it, on the same samples.
+        reference: the model that the sites were found in; what they read must be wanted of it.
+        current: what has become of it, on the same samples; the same must be wanted.
         sites: with what they have become; all of the main graph, and of operators in `PAIRED`.
         shapes: from `observe`, of the reference.
         runtime: how to run.
@@ -228,10 +228,10 @@ def _calibrate_pairs_part(
     seed: int,
     folds: int,
 ) -> dict[str, tuple[Pair, ...]]:
-    graph = _Summing(current.model, shapes, current.samples, seed)
+    graph = _Summing(current.rest(), shapes, current.samples, seed)
     for each in sites:
         graph.add(each.current, each)
-    inputs = Executor.of(reference.model, list(graph.fed), runtime).run(reference.feeds())
+    inputs = Executor.of(reference.rest(), list(graph.fed), runtime).run(reference.feeds())
     feeds = ({**feed, **dict(zip(graph.fed.values(), found, strict=True))} for feed, found in zip(current.feeds(), inputs, strict=True))
     folded = [sums for sums in graph.run(feeds, runtime, folds) if sums]
     pairs = {each.site.name: tuple(sums[graph.keys[each.site.name]].pair(each.current) for sums in folded) for each in sites}

@@ -186,7 +186,7 @@ def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:
     """
     spec = spec_of(array)
     if spec.dtype in (np.int8, np.uint8):
-        codes = np.clip(np.rint(32 * rng.standard_normal(spec.shape)), -127, 127).astype(np.int8)
+        codes = np.clip(np.rint(np.float32(32) * rng.standard_normal(spec.shape, np.float32)), -127, 127).astype(np.int8)
         return codes.view(np.uint8) ^ np.uint8(128) if spec.dtype == np.uint8 else codes
     if spec.dtype.kind in "iu":
         return np.zeros(spec.shape, spec.dtype)

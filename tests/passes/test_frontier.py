@@ -55,7 +55,7 @@ def dataset(whole: Model) -> Dataset:
 
 
 def fetched(part: Frontier, names: Sequence[str]) -> list[list[Array]]:
-    return list(Executor.of(part.model, names, RUNTIME).run(part.feeds()))
+    return list(Executor.of(part.rest(), names, RUNTIME).run(part.feeds()))
 
 
 @given(st.lists(st.sampled_from((*VALUES, "w0", "w1", "w2", "w3")), min_size=1, max_size=4))
@@ -66,7 +66,7 @@ def test_the_rest_yields_what_the_whole_yields(path: list[str]) -> None:
     start, moved = (Frontier(whole, data, np.arange(10), RUNTIME) for _ in range(2))
     for done in range(len(path)):
         pending = path[done:]
-        moved.move(whole, pending)
+        moved.move(whole, pending, ())
         names = sorted(downstream(whole.proto, pending) & set(VALUES))
         for ours, theirs in zip(fetched(moved, names), fetched(start, names), strict=True):
             for one, other in zip(ours, theirs, strict=True):
@@ -78,22 +78,22 @@ def test_what_is_final_does_not_run_again() -> None:
     moved = Frontier(whole, dataset(whole), np.arange(10), RUNTIME)
     counts = []
     for pending in (["w0"], ["w1"], ["w2"], ["w3"]):
-        moved.move(whole, pending)
-        counts.append([node.op_type for node in moved.model.proto.graph.node].count("MatMul"))
+        moved.move(whole, pending, ())
+        counts.append([node.op_type for node in moved.rest().proto.graph.node].count("MatMul"))
     assert counts == [3, 2, 1, 1]  # the one inside If is not counted
-    assert sorted(value.name for value in moved.model.proto.graph.input) == ["size", "skip"]
+    assert sorted(value.name for value in moved.rest().proto.graph.input) == ["size", "skip"]
 
 
 def test_a_value_that_both_what_is_final_and_the_rest_read_is_held() -> None:
-    assert frontier(model().proto, ["w1"]) == ["k", "left", "r1", "size"]
+    assert frontier(model().proto, ["w1"], ["a0", "out"]) == ["k", "a0", "left", "r1", "size"]
 
 
 def test_what_changed_beyond_the_frontier_is_seen() -> None:
     whole = model()
     moved = Frontier(whole, dataset(whole), np.arange(10), RUNTIME)
-    moved.move(whole, ["w3"])
+    moved.move(whole, ["w3"], ())
     other = model(TEXT.replace("Div (out", "Mul (out"))
-    moved.move(other, ["w3"])
+    moved.move(other, ["w3"], ())
     start = Frontier(other, dataset(whole), np.arange(10), RUNTIME)
     for ours, theirs in zip(itertools.chain(*fetched(moved, ["y"])), itertools.chain(*fetched(start, ["y"])), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
@@ -103,8 +103,8 @@ def test_a_frontier_that_is_too_wide_stays_where_it_is(monkeypatch: pytest.Monke
     whole = model()
     moved = Frontier(whole, dataset(whole), np.arange(10), RUNTIME)
     monkeypatch.setattr(module, "HELD_BYTES", 100)
-    moved.move(whole, ["w3"])
-    assert moved.model is whole
+    moved.move(whole, ["w3"], ())
+    assert moved.rest() is whole
     assert all(set(feed) == {"x", "k"} for feed in moved.feeds())
 
 
@@ -114,8 +114,29 @@ def test_feeds_of_different_lengths_keep_their_lengths() -> None:
     rows = [{"x": normal(length, 1, length, 8)} for length in (2, 3, 3, 5)]
     data = open_dataset(rows, input_specs(whole.proto))
     moved, start = (Frontier(whole, data, np.arange(4), RUNTIME) for _ in range(2))
-    moved.move(whole, ["w1"])
-    assert [value.name for value in moved.model.proto.graph.input] == ["r"]
+    moved.move(whole, ["w1"], ())
+    assert [value.name for value in moved.rest().proto.graph.input] == ["r"]
     lengths = [arrays[0].shape[1] for arrays in fetched(moved, ["y"])]
     assert lengths == [arrays[0].shape[1] for arrays in fetched(start, ["y"])]
     assert set(lengths) == {2, 3, 5}
+
+
+def test_sequences_are_not_held() -> None:
+    text = """g (float[N, 8] x) => (float[N, 8] y) {
+        h = MatMul (x, w0) none = SequenceEmpty () one = SequenceInsert (none, h)
+        r = Relu (h) k = MatMul (r, w1) two = SequenceInsert (one, k) y = ConcatFromSequence <axis = 0> (two)
+    }"""
+    whole = load(parse(text, {"w0": normal(0, 8, 8), "w1": normal(1, 8, 8)}))
+    data = open_dataset({"x": normal(2, 8, 8)}, input_specs(whole.proto))
+    moved = Frontier(whole, data, np.arange(8), RUNTIME)
+    moved.move(whole, ["w1"], ())
+    assert moved.rest() is whole
+
+
+def test_what_is_wanted_is_held_too() -> None:
+    whole = model()
+    moved, start = (Frontier(whole, dataset(whole), np.arange(10), RUNTIME) for _ in range(2))
+    moved.move(whole, ["w3"], ["a1"])
+    np.testing.assert_array_equal(
+        np.concatenate(*zip(*fetched(moved, ["a1"]), strict=True)), np.concatenate(*zip(*fetched(start, ["a1"]), strict=True))
+    )

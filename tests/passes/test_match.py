@@ -14,12 +14,15 @@ from hypothesis import strategies as st
 from intaglio.ops.form import PRUNED, Form
 from intaglio.ops.moment import Moment, OutputMetric
 from intaglio.passes import match as module
-from intaglio.passes.build import finish, fit_forms
+from intaglio.passes.build import build, finish, fit_forms
 from intaglio.passes.calibrate import Pair
+from intaglio.passes.frontier import Frontier
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.load import load
 from intaglio.passes.match import centred, levels, matchable, matched, mean_shift, pooled
+from intaglio.passes.model import Model
 from intaglio.passes.options import Runtime
+from intaglio.passes.rewrite import declines
 from intaglio.passes.sites import find_sites
 from tests.models import CASES, Array, normal, parse, run
 
@@ -298,3 +301,21 @@ def test_pruning_keeps_the_mean_of_the_outputs() -> None:
     seen = {"x": convolutions()[1]["x"][job.splits.fit]}
     (exact,), (found,) = (run(model.proto, seen) for model in (job.original, finish(job, forms, fit_forms(job, forms))))
     np.testing.assert_allclose(found.mean(0), exact.mean(0), atol=1e-4 * np.abs(exact).max())  # float32 sums
+
+
+# what is held
+
+
+def still(frontier: Frontier, model: Model, *_: object) -> None:
+    """Stands for `Frontier.move`: hold nothing, and run everything from the model's inputs."""
+    frontier._model = model
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("form", [Form("dense", (), "int4"), Form("lowrank", (6,), "float", "contract")], ids=str)
+def test_held_values_are_those_of_the_model_as_it_is(name: str, form: Form, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, (_, data) = job_of(name), MODELS[name]()
+    forms = {site.name: form for site in job.sites if declines(site, form) is None}
+    walked = run(build(job, forms).proto, data)[0]
+    monkeypatch.setattr(Frontier, "move", still)
+    np.testing.assert_allclose(walked, run(build(job, forms).proto, data)[0], rtol=0, atol=1e-3 * float(np.abs(walked).max()))

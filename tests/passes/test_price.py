@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from intaglio.ops.arithmetic import ARITHMETICS
+from intaglio.ops.emit import Spec
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
-from intaglio.passes.price import SizePricer, skeleton
+from intaglio.passes.price import SizePricer, noise, skeleton
 from intaglio.passes.save import save, serialized_size
 from intaglio.passes.sites import Sites, find_sites
 from tests.models import CASES, compress, forms_of, mocked, narrow_forms, normal, parse, site_of
@@ -169,3 +172,19 @@ def test_a_skeleton_has_the_size_of_the_model_and_none_of_its_payload() -> None:
     assert serialized_size(light, False) == len(before)
     assert light.proto.ByteSize() < len(before) / 2
     assert model.proto.SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8])
+def test_noise_is_spread_over_bytes_like_quantized_weights(dtype: type[np.integer[Any]]) -> None:
+    codes = noise(Spec((64, 64), np.dtype(dtype)), np.random.default_rng(0))
+    centred = codes.astype(int) - (128 if dtype is np.uint8 else 0)
+    assert codes.dtype == dtype
+    assert abs(centred.mean()) < 2
+    assert 28 < centred.std() < 36
+    assert np.abs(centred).max() <= 127
+
+
+def test_other_noise() -> None:
+    rng = np.random.default_rng(0)
+    assert not noise(Spec((8,), np.dtype(np.int64)), rng).any()
+    assert 0.05 < noise(Spec((64, 100), np.dtype(np.float32)), rng).std() < 0.2

@@ -19,6 +19,7 @@ from intaglio.passes.build import build, check, finish, fit_forms, mock
 from intaglio.passes.cache import Cache
 from intaglio.passes.channels import find_channel_groups
 from intaglio.passes.errors import InputError
+from intaglio.passes.frontier import Frontier
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.latency import MicroBench
 from intaglio.passes.load import load
@@ -38,6 +39,7 @@ from intaglio.passes.verify import compare
 from intaglio.solver import Budget, Cost
 from tests.models import Array, assert_close, normal, operators, optimized, parse, run
 from tests.passes.pruning import prune
+from tests.passes.test_match import still
 
 PAD = "pads = [1, 1, 1, 1]"
 RESIDUAL = f"""
@@ -364,6 +366,20 @@ def test_a_pruned_product_is_quantized_while_the_model_runs() -> None:
     small = valid(build(job, narrow).proto)
     assert operators(small)["MatMulInteger"] == 1
     assert_close(run(small, feed), run(build(job, forms).proto, feed), 0.1)  # as above
+
+
+@pytest.mark.parametrize("body", [RESIDUAL, DEPTHWISE], ids=["residual", "depthwise"])
+@pytest.mark.parametrize("arithmetic", ["float", "integer", "dynamic"])
+def test_held_values_are_those_of_the_pruned_model_as_it_is(body: str, arithmetic: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, feed = job_of(body), images()
+    forms = halved(body)
+    for site in job.sites:
+        narrow = replace(forms[site.name], storage="int8", arithmetic=arithmetic) if site.name in forms else None
+        if narrow is not None and arithmetic != "float" and declines(site, narrow) is None:
+            forms[site.name] = narrow
+    walked = run(build(job, forms).proto, feed)
+    monkeypatch.setattr(Frontier, "move", still)
+    assert_close(walked, run(build(job, forms).proto, feed), 1e-3)
 
 
 # timing

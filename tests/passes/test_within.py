@@ -81,3 +81,47 @@ def test_a_harmful_plan_is_not_kept_where_a_gentler_one_is_fast_enough(monkeypat
     ratios = {LARGE: 0.2, SMALL: 0.39, GENTLE: 0.45}
     monkeypatch.setitem(FORMS, GENTLE, Candidate(GENTLE, -6_000, -0.0049, 0.001, 0.01))
     assert planned(monkeypatch, ratios, latency=0.41).forms == {"w": SMALL}
+
+
+def test_the_search_goes_on_where_a_correction_asks_for_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 is too little for any form and 1.5 too much for the gentle one; what that suggests is too little again, and so is what follows."""
+    monkeypatch.setitem(FORMS, GENTLE, Candidate(GENTLE, -6_000, -0.00565, 0.001, 0.01))
+    monkeypatch.setitem(FORMS, SMALL, Candidate(SMALL, -8_000, -0.0058, 0.01, 0.1))
+    asked: list[float] = []
+    choose = within.choose_within
+
+    def recorded(menu: Menu, budget: Budget, correction: Correction, **options: Any) -> Plan:
+        asked.append(correction.latency)
+        return choose(menu, budget, correction, **options)
+
+    monkeypatch.setattr(within, "choose_within", recorded)
+    plan = planned(monkeypatch, {LARGE: 0.1, SMALL: 0.19, GENTLE: 0.35}, latency=0.2)
+    assert plan.forms == {"w": SMALL}
+    slope = 1.5 * (1 - 0.35) / (1.5 * 0.565)
+    assert asked == pytest.approx([1, 1.5, slope, (slope * 1.5) ** 0.5, (slope * 1.5**3) ** 0.25])
+
+
+def test_the_fastest_plan_does_not_pass_for_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = planned(monkeypatch, {LARGE: 0.2, SMALL: 0.9, GENTLE: 0.9}, latency=0.3)
+    assert plan.forms == {"w": LARGE}
+    assert plan.solution is not None
+    assert plan.solution.status == "feasible"
+    assert plan.solution.objective == pytest.approx(0.02)
+    assert plan.solution.bound == 0.001  # of the gentlest that keeps the size
+    assert plan.solution.gap == pytest.approx(0.95)
+
+
+def test_a_size_budget_at_its_least_keeps_its_fastest_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned(monkeypatch, {LARGE: 0.9, SMALL: 0.2, GENTLE: 0.9}, size=2_010, latency=0.3).forms == {"w": SMALL}
+
+
+def test_nothing_is_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Form] = []
+    monkeypatch.setattr(within, "mock", lambda _job, forms: seen.append(forms["w"]))
+    monkeypatch.setattr(within, "latency_of", lambda *_: SimpleNamespace(ratio=0.3))
+    menu = Menu("0" * 64, {"w": (Candidate(UNCHANGED, 0, 0.0, 0.0, 0.0), *FORMS.values())}, BASE, {}, "kl_nats")
+    sizes: Any = SimpleNamespace(total=lambda forms: BASE.size_bytes + menu_bytes(forms["w"]))
+    job: Any = SimpleNamespace(clock=Clock())
+    plan = plan_within(job, menu, Budget(2_500, 0.6 * BASE.latency_s), Correction(), sizes)
+    assert plan.forms == {"w": SMALL}
+    assert seen == [SMALL]
