@@ -176,7 +176,7 @@ class _Fitting:
         self._packed: dict[str, Arrays] = {}
         self._starts: dict[str, NDArray[np.generic]] = {}
         self._current = job.model
-        self._frontiers = [Frontier(job.model, job.data, job.splits.fit, job.calibration) for _ in ("original", "current")]
+        self._original, self._prefix = (Frontier(job.model, job.data, job.splits.fit, job.calibration) for _ in range(2))
         self._pending = {site.name: site for site in self.chosen}
 
     @property
@@ -236,9 +236,10 @@ class _Fitting:
             return {}
         pending = self._unsettled()
         wanted = {FAMILIES[use.use.key].activation(use.use)[0] for site in self._pending.values() for use in site.uses}
-        for frontier, model in zip(self._frontiers, (job.model, self._current), strict=True):
-            frontier.move(model, pending, wanted)
-        return calibrate_pairs(*self._frontiers, paired, job.shapes, job.calibration, seed=job.settings.seed, folds=FOLDS)
+        self._original.move(job.model, pending, wanted)
+        self._prefix.move(self._current, pending, wanted)
+        seed = job.settings.seed
+        return calibrate_pairs(self._original, self._prefix, paired, job.shapes, job.calibration, seed=seed, folds=FOLDS)
 
     def _unsettled(self) -> set[str]:
         """Values of the main graph that the sites yield which are still to be fitted, or that their fragments compute on the way.

@@ -187,7 +187,7 @@ def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:
     spec = spec_of(array)
     if spec.dtype in (np.int8, np.uint8):
         codes = np.clip(np.rint(np.float32(32) * rng.standard_normal(spec.shape, np.float32)), -127, 127).astype(np.int8)
-        return codes.view(np.uint8) ^ np.uint8(128) if spec.dtype == np.uint8 else codes
+        return np.asarray(codes.view(np.uint8) ^ np.uint8(128)) if spec.dtype == np.uint8 else codes
     if spec.dtype.kind in "iu":
         return np.zeros(spec.shape, spec.dtype)
     return np.asarray(rng.standard_normal(spec.shape) / max(1, spec.shape[-1]) ** 0.5, spec.dtype)
