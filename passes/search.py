@@ -86,7 +86,7 @@ def _hurried(budget: Budget, drag: float) -> Budget:
 def _excess_latency(job: Job, menu: Menu, budget: Budget, model: Model) -> float:
     """Latency of a built model relative to the budget; 0 without one.
 
-    The same operators run a little slower on weights that were expanded at load than on a mock's.
+    It is not quite what the mock's was: what weights and activations hold matters a little, and machines are noisy.
     """
     if budget.latency_s is None:
         return 0.0

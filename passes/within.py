@@ -1,8 +1,8 @@
 """Plans that keep their budgets as measured: exact bytes, and the latency of models with noise in place of weights.
 
-Neither needs fitted factors: bytes are known from shapes, and latency does not depend on the values of weights. What single operators take
-is measured one at a time, though, and their sum is not what a whole model takes. So the predicted changes of latency get a common factor,
-which is moved until a plan that uses most of the budget also keeps it.
+Neither needs fitted factors: bytes are known from shapes, and what weights hold hardly matters to latency, unless it is zeros. What single
+operators take is measured one at a time, though, and their sum is not what a whole model takes. So the predicted changes of latency get a
+common factor, which is moved until a plan that uses most of the budget also keeps it.
 """
 
 from __future__ import annotations
@@ -62,6 +62,8 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
                 best, ratio = _fastest_within(job, menu, budget, correction, sizes, timed)
                 if best is None:
                     raise
+                if best.latency_s >= menu.base.latency_s:
+                    break  # it is predicted to save nothing, so no factor makes up for what it saves
                 fast = correction.latency
                 wanted = _latency_factor(best, ratio)
             else:

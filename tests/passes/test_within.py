@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -125,3 +126,11 @@ def test_nothing_is_timed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     plan = plan_within(job, menu, Budget(2_500, 0.6 * BASE.latency_s), Correction(), sizes)
     assert plan.forms == {"w": SMALL}
     assert seen == [SMALL]
+
+
+def test_a_model_that_canonical_form_alone_makes_fast_enough_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is predicted to save time, but the plan is measured to."""
+    for form, candidate in list(FORMS.items()):
+        monkeypatch.setitem(FORMS, form, replace(candidate, latency_s=0.0))
+    ratios = dict.fromkeys((UNCHANGED, *FORMS), 0.5)
+    assert planned(monkeypatch, ratios, latency=0.7).forms["w"] in ratios
