@@ -13,10 +13,11 @@ if TYPE_CHECKING:
     from .api import apply, bench, compress, inspect, plan, verify
     from .passes.cache import default_folder
     from .passes.errors import InfeasibleError, InputError, IntaglioError, VerificationError
+    from .passes.facts import Report
     from .passes.job import Settings
     from .passes.options import Runtime
     from .passes.plan import Plan
-    from .passes.report import Report, Result
+    from .passes.report import Result
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before anything imports onnxruntime
 
@@ -29,7 +30,8 @@ _HOMES = {
     "passes.options": ("Runtime",),
     "passes.job": ("Settings",),
     "passes.plan": ("Plan",),
-    "passes.report": ("Report", "Result"),
+    "passes.facts": ("Report",),
+    "passes.report": ("Result",),
 }
 
 __all__ = [

@@ -24,11 +24,12 @@ from intaglio.ops.moment import Moment
 from .analyse import measured_sites
 from .calibrate import Shapes
 from .canonicalize import canonicalize
+from .facts import FileFacts, SampledFacts
 from .job import Job
 from .load import load
 from .model import Model
 from .options import Progress, silent
-from .report import FileFacts, SampledFacts, latency_pricer, sampled_sites
+from .report import latency_pricer, sampled_sites
 from .session import open_session
 from .sites import Site, Sites, Skip, find_sites, opset, without_broken
 from .targets import TARGETS

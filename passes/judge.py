@@ -13,11 +13,11 @@ from intaglio import __version__
 
 from .data import Source, input_specs, open_dataset
 from .errors import InputError
+from .facts import DivergenceFacts, FileFacts, LatencyFacts, MetricFacts, SizeFacts
 from .job import Settings
 from .latency import compare_models, measure
 from .load import load
 from .options import Progress, Runtime, silent
-from .report import DivergenceFacts, FileFacts, LatencyFacts, MetricFacts, SizeFacts
 from .session import open_session
 from .verify import compare
 

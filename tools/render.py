@@ -7,10 +7,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 
 from intaglio.ops.form import UNCHANGED, Form
+from intaglio.passes.facts import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts, TuningFacts
 from intaglio.passes.inspect import Inspection
 from intaglio.passes.judge import Benchmark, Verdict
 from intaglio.passes.plan import Plan
-from intaglio.passes.report import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts, TuningFacts
 
 NONE = "–"
 """Stands for a number that was not measured."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import pytest
 
 from intaglio.ops.form import UNCHANGED, Form
-from intaglio.passes.report import MetricFacts, SiteFacts, SizeFacts, parameters, to_json
+from intaglio.passes.facts import MetricFacts, SiteFacts, SizeFacts, parameters, to_json
 from intaglio.passes.verify import Comparison
 
 
