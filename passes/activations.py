@@ -56,11 +56,12 @@ class Activations:
         return {f"dynamic:{value}": Cost(0, 0.0, self.divergence[value]) for value in self.inputs.values()}
 
 
-def measure_activations(job: Job, findings: Mapping[str, Finding], known: Findings) -> Activations:
+def measure_activations(job: Job, carriers: Sequence[Carrier], findings: Mapping[str, Finding], known: Findings) -> Activations:
     """Find the units and measure what rounding the values around them costs.
 
     Args:
         job: the job.
+        carriers: those of the job that may become units.
         findings: of the sites; those to which no integer form was proposed are no units.
         known: remembers the measurements.
     """
@@ -72,18 +73,18 @@ def measure_activations(job: Job, findings: Mapping[str, Finding], known: Findin
         for site in job.sites
         if "dynamic" in narrow[site.name] and len(site.uses) == 1 and site.uses[0].scope == MAIN
     }
-    units = units_around(job.model, sites, job.carriers if sites else ())
+    units = units_around(job.model, sites, carriers if sites else ())
     values = list(dict.fromkeys([*(name for unit in units.values() for name in (*unit.inputs, *unit.outputs)), *inputs.values()]))
     divergence = known.activations()
     if divergence is None or not all(value in divergence for value in values):
         divergence = _divergence(job, values)
         known.put_activations(divergence)
-    divergence |= {carrier.output: 0.0 for carrier in job.carriers if carrier.node.op_type in KEEPING}  # rounded where it was written
+    divergence |= {carrier.output: 0.0 for carrier in carriers if carrier.node.op_type in KEEPING}  # rounded where it was written
     broken = {value for value in values if value not in divergence}
     usable = {name: unit for name, unit in units.items() if broken.isdisjoint((*unit.inputs, *unit.outputs))}
-    carriers = tuple(carrier for carrier in job.carriers if carrier.name in usable)
+    used = tuple(carrier for carrier in carriers if carrier.name in usable)
     inputs = {name: value for name, value in inputs.items() if value not in broken}
-    return Activations(usable, carriers, divergence, _outside(job.model.proto, usable, job.sites.sites, carriers), inputs)
+    return Activations(usable, used, divergence, _outside(job.model.proto, usable, job.sites.sites, used), inputs)
 
 
 def _divergence(job: Job, values: Sequence[str]) -> dict[str, float]:

@@ -79,7 +79,9 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
     with job.clock.phase("price"):
         timer, base_s = _timer(job, cache, latency)
         narrow = latency and timer is not None
-        activations = measure_activations(job, findings, known) if narrow else Activations()
+        activations = Activations()
+        if timer is not None and narrow:
+            activations = measure_activations(job, list(filter(timer.worthwhile, job.carriers)), findings, known)
         rows = {site.name: _priced(site, findings[site.name], sizes, linear.get(site.name, {})) for site in job.sites}
         if timer is not None and narrow:
             _calibrate_integers(job, rows, activations, timer)

@@ -26,11 +26,12 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from intaglio.ops.emit import Emitter, Program, Target
 
 from .canonicalize import remove_dead
-from .graph import ValueIndex, all_names
+from .graph import STANDARD, ValueIndex, all_names
 from .model import Model
 from .ranges import Range
 from .regions import (
     CHANNELS_LAST,
+    HELD,
     KEEPING,
     MIN_OPSET,
     activation_inputs,
@@ -373,11 +374,11 @@ class _Placement:
     def _round_input(self, name: str) -> None:
         """A pair for the operators in integers that read a value; everybody else reads it as before.
 
-        ONNX Runtime moves a quantizer in front of a pool, whose kernel for bytes is slow behind floats; a Sum of one term holds it back.
+        Where the operator that yields it is to stay in floats, a Sum of one term may have to keep the quantizer away from it.
         """
         producer = self._index.producer(name)
         rounded, source, held = self._splice.fresh(f"{name}_dequantized"), name, []
-        if producer is not None and producer.node.op_type in CHANNELS_LAST:
+        if producer is not None and self._drawn(producer.node):
             source = self._splice.fresh(f"{name}_held")
             held = [helper.make_node("Sum", [name], [source])]
         pair = self._splice.pair(name, source, rounded, self._parameters[name])
@@ -386,6 +387,13 @@ class _Placement:
             if name in unit.inputs:
                 for position, each in enumerate(unit.node.input[: data_inputs(unit.node)]):
                     unit.node.input[position] = rounded if each == name else each
+
+    def _drawn(self, node: NodeProto) -> bool:
+        """Whether ONNX Runtime would draw an operator into bytes because of a quantizer behind it: it moves quantizers in front of pools,
+        and takes other operators where what they read was dequantized."""
+        if node.domain not in STANDARD or node.op_type not in HELD:
+            return False
+        return node.op_type in CHANNELS_LAST or all(name in self._yielders for name in node.input[: data_inputs(node)])
 
     def _narrow_bias(self, unit: _Unit) -> None:
         """Turn a float bias into int32 of the scale that the integer kernel accumulates in."""

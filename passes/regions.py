@@ -66,6 +66,10 @@ KEEPING = frozenset(
 CHANNELS_LAST = {"MaxPool": "NhwcMaxPool"}
 """Carriers that have a kernel for bytes with channels last, as convolutions in integers leave them, and a far slower one elsewhere."""
 
+HELD = frozenset((*CHANNELS_LAST, "Softmax"))
+"""Operators whose kernel for bytes can be slower than the one for floats between quantizers, which ONNX Runtime never weighs against each
+other: it takes bytes wherever it finds quantizers around them."""
+
 _ABSORBING = frozenset(("Add", "AveragePool", "Concat", "Conv", "Gemm", "GlobalAveragePool", "MatMul", "Mul"))
 """Operators whose integer kernels round and saturate to a scale of the output's own."""
 

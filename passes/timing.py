@@ -29,7 +29,7 @@ from .integer import place, quantized_values
 from .latency import MicroBench, measure, structure
 from .model import Model
 from .price import noise
-from .regions import CHANNELS_LAST, Carrier
+from .regions import CHANNELS_LAST, HELD, Carrier
 from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
 from .sites import Site, opset
 from .weights import WeightStore
@@ -144,16 +144,29 @@ class LatencyPricer:
 
     def carry(self, carrier: Carrier) -> float:
         """Seconds that an operator without a weight adds when it runs in integers."""
-        floats = self._carrier_micro(carrier)
-        shapes = {name: self._values[name] for name in carrier.inputs}
         if carrier.node.op_type in CHANNELS_LAST:
-            before_s = self._bench.seconds(floats, shapes)
+            before_s = self._bench.seconds(self._carrier_micro(carrier), {name: self._values[name] for name in carrier.inputs})
             after_s = self._bench.seconds(*self._channels_last(carrier))
         else:
-            integers = _between_quantizers(_in_integers(floats, (carrier.node.output[0],)))
-            before_s, after_s = self._bench.pair(floats, integers, shapes, index_limit=256)
+            before_s, after_s = self._carrier_pair(carrier)
         self._reference[carrier.name] = self._float_scale * before_s
         return self._float_scale * (self._integer_scale * after_s - before_s)
+
+    def worthwhile(self, carrier: Carrier) -> bool:
+        """Whether an operator without a weight can gain from running in integers: its kernel for bytes is faster than the one for floats
+        between conversions of all that goes in and comes out."""
+        if carrier.node.op_type not in HELD or carrier.node.op_type in CHANNELS_LAST:
+            return True
+        before_s, after_s = self._carrier_pair(carrier)
+        inside_s = sum(self._converted(value)[1] for value in carrier.inputs)
+        return after_s < inside_s + before_s + self._converted(carrier.output)[0]
+
+    def _carrier_pair(self, carrier: Carrier) -> tuple[float, float]:
+        """Seconds of an operator without a weight in floats and in integers, measured in alternation."""
+        floats = self._carrier_micro(carrier)
+        integers = _between_quantizers(_in_integers(floats, (carrier.node.output[0],)))
+        shapes = {name: self._values[name] for name in carrier.inputs}
+        return self._bench.pair(floats, integers, shapes, index_limit=256)
 
     def _channels_last(self, carrier: Carrier) -> tuple[ModelProto, dict[str, tuple[int, ...]]]:
         """A model of the kernel that replaces the operator between convolutions in integers, and the shape of its input."""
@@ -172,9 +185,14 @@ class LatencyPricer:
 
     def boundary(self, value: str) -> tuple[float, float]:
         """Seconds of quantizing an activation value, and of dequantizing it."""
+        quantize_s, dequantize_s = self._converted(value)
+        return self._float_scale * quantize_s, self._float_scale * dequantize_s
+
+    def _converted(self, value: str) -> tuple[float, float]:
+        """The same, not scaled."""
         shapes = {"x": self._values[value]}
-        seconds = [self._bench.seconds(_conversion(op_type, opset(self._proto)), shapes) for op_type in _CONVERSIONS]
-        return self._float_scale * seconds[0], self._float_scale * seconds[1]
+        quantize_s, dequantize_s = (self._bench.seconds(_conversion(op_type, opset(self._proto)), shapes) for op_type in _CONVERSIONS)
+        return quantize_s, dequantize_s
 
     def _carrier_micro(self, carrier: Carrier) -> ModelProto:
         """The operator with the activations around it as inputs and output."""

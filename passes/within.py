@@ -8,7 +8,7 @@ common factor, which is moved until a plan that uses most of the budget also kee
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from intaglio.ops.form import Form
 from intaglio.solver import Budget
@@ -51,53 +51,99 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
         InfeasibleError: no plan keeps them.
     """
     best: Plan | None = None
-    fast, slow = 0.0, float("inf")  # corrections that ask for more than is possible or lead to plans that keep the budget, and that do not
-    timed: list[tuple[Mapping[str, Form], float]] = []  # forms, with their latency relative to the original's
+    bracket = Bracket()
+    stopwatch = _Stopwatch(job, float("inf") if budget.latency_s is None else SLACK * budget.latency_s / menu.base.latency_s)
     for _ in range(_ROUNDS):
         try:
             with job.clock.phase("solve"):
                 plan = choose_within(menu, budget, correction, joint=joint)
         except InfeasibleError:
+            bracket.add(correction.latency, fast=True)
+            wanted = bracket.middle
             if best is None:
-                best, ratio = _fastest_within(job, menu, budget, correction, sizes, timed)
+                best = _fastest_within(job, menu, budget, correction, sizes, stopwatch)
                 if best is None:
                     raise
-                if best.latency_s >= menu.base.latency_s:
-                    break  # it is predicted to save nothing, so no factor makes up for what it saves
-                fast = correction.latency
-                wanted = _latency_factor(best, ratio)
-            else:
-                fast = max(fast, correction.latency)
-                wanted = (fast * slow) ** 0.5
-            if slow <= fast * _NARROW or wanted == float("inf"):
-                break
-            correction = replace(correction, latency=wanted)
-            continue
-        excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
-        if excess > 0:
-            correction = replace(correction, spare_bytes=int(budget.size_bytes or 0) - (plan.size_bytes - excess - 16))
-            continue
-        if budget.latency_s is None:
-            return plan
-        limit = budget.latency_s / menu.base.latency_s
-        ratio = _timed(job, plan.forms, limit, timed)
-        keeps, own = ratio <= limit * SLACK, plan.correction.latency
-        if keeps and (best is None or _objective(plan) < _objective(best)):
-            best = plan
-        fast, slow = (max(fast, own), slow) if keeps else (fast, min(slow, own))
-        if limit * _CLOSE <= ratio <= limit * SLACK or plan.latency_s >= menu.base.latency_s or slow <= fast * _NARROW:
+                wanted = _latency_factor(best, stopwatch.ratio(best.forms))
+        else:
+            excess = 0 if budget.size_bytes is None else sizes.total(plan.forms) - int(budget.size_bytes)
+            if excess > 0:
+                correction = replace(correction, spare_bytes=int(budget.size_bytes or 0) - (plan.size_bytes - excess - 16))
+                continue
+            if budget.latency_s is None:
+                return plan
+            ratio = stopwatch.ratio(plan.forms)
+            keeps = ratio <= stopwatch.limit
+            if keeps and (best is None or _objective(plan) < _objective(best)):
+                best = plan
+            bracket.add(plan.correction.latency, fast=keeps)
+            wanted = bracket.inside(_latency_factor(plan, ratio))
+            if _CLOSE / SLACK * stopwatch.limit <= ratio <= stopwatch.limit or (keeps and wanted <= plan.correction.latency):
+                break  # little is left of the budget, or another limit binds
+        if bracket.closed or wanted == float("inf"):
             break
-        wanted = _latency_factor(plan, ratio)
-        if not fast < wanted < slow and fast > 0 and slow < float("inf"):
-            wanted = (fast * slow) ** 0.5
-        if keeps and wanted <= own:
-            break  # another limit binds
         correction = replace(correction, latency=wanted)
     if best is None:
-        fastest = min((ratio for _, ratio in timed), default=None)
+        fastest = min((ratio for _, ratio in stopwatch.timed), default=None)
         nearest = "relax --size by a percent" if fastest is None else f"nearest measured: --latency {fastest / SLACK:.2f}"
         raise InfeasibleError(f"no plan that was tried keeps the budgets as measured; {nearest}")
     return best
+
+
+@dataclass
+class Bracket:
+    """Factors on predicted savings, around the one whose plan just keeps the latency budget: the larger the factor, the slower the plan.
+
+    Attributes:
+        fast: the largest that asked for more than is possible, or led to a plan that keeps the budget.
+        slow: the least that led to a plan that does not.
+    """
+
+    fast: float = 0.0
+    slow: float = float("inf")
+
+    def add(self, factor: float, *, fast: bool) -> None:
+        """Note what a factor led to."""
+        if fast:
+            self.fast = max(self.fast, factor)
+        else:
+            self.slow = min(self.slow, factor)
+
+    @property
+    def closed(self) -> bool:
+        """Whether nothing worth trying is left between."""
+        return self.slow <= self.fast * _NARROW
+
+    @property
+    def middle(self) -> float:
+        """Geometric mean of both; infinite as long as nothing was too slow."""
+        return (self.fast * self.slow) ** 0.5
+
+    def inside(self, wanted: float) -> float:
+        """The wanted factor, or the middle where both sides are known and it lies outside."""
+        known = self.fast > 0 and self.slow < float("inf")
+        return self.middle if known and not self.fast < wanted < self.slow else wanted
+
+
+class _Stopwatch:
+    """What plans take relative to the original, as models with noise for weights. Nothing is measured again until it suits.
+
+    Attributes:
+        limit: that plans have to keep; what comes out above it is measured for longer.
+        timed: forms and their ratios.
+    """
+
+    def __init__(self, job: Job, limit: float) -> None:
+        self._job = job
+        self.limit = limit
+        self.timed: list[tuple[Mapping[str, Form], float]] = []
+
+    def ratio(self, forms: Mapping[str, Form]) -> float:
+        for known, ratio in self.timed:
+            if known == forms:
+                return ratio
+        self.timed.append((forms, _ratio(self._job, forms, self.limit)))
+        return self.timed[-1][1]
 
 
 def _fastest_within(
@@ -106,18 +152,16 @@ def _fastest_within(
     budget: Budget,
     correction: Correction,
     sizes: SizePricer,
-    timed: list[tuple[Mapping[str, Form], float]],
-) -> tuple[Plan, float] | tuple[None, float]:
-    """A plan for a latency budget that looks out of reach, and its ratio to the original: the first of a few fast ones that keeps it.
+    stopwatch: _Stopwatch,
+) -> Plan | None:
+    """A plan for a latency budget that looks out of reach: the first of a few fast ones that keeps it.
 
     Operators that are measured one at a time pay for what a whole model does only once, so that the sum may be far too high. The fastest
     plan of a smaller size is a plan for a larger one too, and where predictions mislead it may be the faster of the two. How far it is from
     the best is certified by the best of all plans that need not be fast.
     """
-    none = None, float("inf")
     if budget.latency_s is None:
-        return none
-    limit = budget.latency_s / menu.base.latency_s
+        return None
     size_bytes = min(budget.size_bytes or menu.base.size_bytes, menu.base.size_bytes)
     seen: list[Mapping[str, Form]] = []
     for share in _SHARES:
@@ -125,16 +169,15 @@ def _fastest_within(
             with job.clock.phase("solve"):
                 plan = choose(menu, replace(budget.relaxed("latency"), size_bytes=size_bytes * share), correction, usable=SLACK)
         except InfeasibleError:
-            return none
+            return None
         if plan.forms in seen or sizes.total(plan.forms) > size_bytes:
             continue
         seen.append(plan.forms)
-        ratio = _timed(job, plan.forms, limit, timed)
-        if ratio <= limit * SLACK:
+        if stopwatch.ratio(plan.forms) <= stopwatch.limit:
             with job.clock.phase("solve"):
                 ideal = choose(menu, replace(budget, latency_s=None), correction, usable=SLACK)
-            return _certified(plan, budget, ideal), ratio
-    return none
+            return _certified(plan, budget, ideal)
+    return None
 
 
 def _certified(plan: Plan, budget: Budget, ideal: Plan) -> Plan:
@@ -155,23 +198,15 @@ def _objective(plan: Plan) -> float:
 
 
 def _latency_factor(plan: Plan, ratio: float) -> float:
-    """The correction under which a plan's predicted latency is the measured one."""
-    return max(0.05, plan.correction.latency * (1 - ratio) / (1 - plan.latency_s / plan.menu.base.latency_s))
-
-
-def _timed(job: Job, forms: Mapping[str, Form], limit: float, timed: list[tuple[Mapping[str, Form], float]]) -> float:
-    """As `_ratio`, but what has been measured is not measured again until it suits; what is new is added to `timed`."""
-    for known, ratio in timed:
-        if known == forms:
-            return ratio
-    timed.append((forms, _ratio(job, forms, limit)))
-    return timed[-1][1]
+    """The factor under which a plan's predicted latency is the measured one; infinite if it is predicted to save nothing."""
+    saved = 1 - plan.latency_s / plan.menu.base.latency_s
+    return max(0.05, plan.correction.latency * (1 - ratio) / saved) if saved > 0 else float("inf")
 
 
 def _ratio(job: Job, forms: Mapping[str, Form], limit: float) -> float:
     """Latency relative to the original's of a plan's model, with noise for weights."""
     with job.clock.phase("price"):
-        return latency_of(job, mock(job, forms), limit * SLACK).ratio
+        return latency_of(job, mock(job, forms), limit).ratio
 
 
 def choose_within(menu: Menu, budget: Budget, correction: Correction, *, joint: bool = False) -> Plan:

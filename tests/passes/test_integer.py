@@ -360,6 +360,22 @@ def test_a_pool_in_floats_stays_in_floats_before_integers(tmp_path: Path) -> Non
     assert kinds.index("MaxPool") < kinds.index("QuantizeLinear")
 
 
+@pytest.mark.parametrize("carried", [False, True])
+def test_a_softmax_that_is_to_stay_in_floats_does_so_between_bytes(carried: bool, tmp_path: Path) -> None:
+    """ONNX Runtime would take its kernel for bytes, which is the slower one, wherever it finds quantizers around it."""
+    text = """g (float[N, 4, 8] a, float[N, 4, 8] b, float[N, 8, 4] v) => (float[N, 4, 4] y) {
+        s = Add (a, b)
+        p = Softmax (s)
+        y = MatMul (p, v)
+    }"""
+    model, chosen = load(parse(text)), ["s", "y", *(["p"] if carried else [])]
+    result = place(model, chosen, dict.fromkeys(quantized_values(model, chosen), ONE)).proto
+    assert ("Sum" in {node.op_type for node in result.graph.node}) != carried
+    found = optimized(result, tmp_path)
+    assert found["QLinearAdd"] == 1
+    assert (found["QLinearSoftmax"], found["Softmax"]) == ((1, 0) if carried else (0, 1))
+
+
 def test_nested_graphs_read_the_rounded_value() -> None:
     text = """g (float[N, 3, 4, 4] x, bool p) => (float[N, 4, 4, 4] y) {
         c = Conv (x, w)
