@@ -7,6 +7,7 @@ common factor, which is moved until a plan that uses most of the budget also kee
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -117,7 +118,7 @@ class Bracket:
     @property
     def middle(self) -> float:
         """Geometric mean of both; infinite as long as nothing was too slow."""
-        return (self.fast * self.slow) ** 0.5
+        return math.sqrt(self.fast * self.slow)
 
     def inside(self, wanted: float) -> float:
         """The wanted factor, or the middle where both sides are known and it lies outside."""
@@ -142,8 +143,9 @@ class _Stopwatch:
         for known, ratio in self.timed:
             if known == forms:
                 return ratio
-        self.timed.append((forms, _ratio(self._job, forms, self.limit)))
-        return self.timed[-1][1]
+        measured = _ratio(self._job, forms, self.limit)
+        self.timed.append((forms, measured))
+        return measured
 
 
 def _fastest_within(
