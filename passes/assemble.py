@@ -3,11 +3,12 @@ in integers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .biased import DOMAIN, with_biases
 from .cuts import Cut, cut_between
 from .integer import place, quantized_values
 from .model import Model
@@ -36,6 +37,7 @@ def assemble(
     ranges: Ranges,
     cuts: Sequence[Cut] = (),
     constants: Mapping[str, NDArray[np.float32]] | None = None,
+    domains: Collection[str] = (),
 ) -> Model:
     """A copy of the model with the given fragments in it, and with the given operators in integers.
 
@@ -47,12 +49,14 @@ def assemble(
         ranges: of the activations that are quantized.
         cuts: the channel groups that fragments of pruned sites have cut.
         constants: new contents of initializers of the main graph, by name, in the shapes that they have once channels are cut.
+        domains: of operators that may be used besides the standard ones.
     """
     rewritten = joined(model, fragments, sites, cuts, constants or {})
     operators = coupled_operators(fragments, carried)
     if not operators:
         return rewritten
-    return place(rewritten, operators, ranges(rewritten, operators, quantized_values(rewritten, operators)))
+    placed = place(rewritten, operators, ranges(rewritten, operators, quantized_values(rewritten, operators)))
+    return with_biases(placed) if DOMAIN in domains else placed
 
 
 def joined(

@@ -36,6 +36,7 @@ from .refit import channel_orders, channels_of, cut_weight, fit_pruned, kept_cha
 from .regions import Carrier
 from .rewrite import Fragment, as_dense, declines, fragment, ghosts, spooled
 from .sites import Site
+from .targets import TARGETS
 from .timing import as_run
 
 FIT_STAGES = 6
@@ -115,7 +116,8 @@ def finish(job: Job, forms: Mapping[str, Form], fitted: Fitted) -> Model:
     """The second half of `build`: put what was fitted together, and calibrate the ranges of what runs in integers."""
     with job.clock.phase("fit"):
         chosen, ranges = chosen_sites(job, forms), partial(quantization_ranges, job)
-        return assemble(job.model, fitted.fragments, chosen, carried_nodes(job, forms), ranges, fitted.cuts, fitted.constants)
+        carried, domains = carried_nodes(job, forms), TARGETS[job.settings.target].domains
+        return assemble(job.model, fitted.fragments, chosen, carried, ranges, fitted.cuts, fitted.constants, domains)
 
 
 def check(job: Job, forms: Mapping[str, Form]) -> None:
@@ -309,7 +311,8 @@ def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     for site in chosen:
         arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, run[site.name]))
         fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken)
-    return assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal_ranges, _placeholders(job, forms))
+    cuts, domains = _placeholders(job, forms), TARGETS[job.settings.target].domains
+    return assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal_ranges, cuts, domains=domains)
 
 
 def _stages(model: Model, sites: Sequence[Site], *, match: bool) -> list[list[Site]]:

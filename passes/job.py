@@ -179,7 +179,8 @@ class Job:
 
     def sizes(self) -> SizePricer:
         """Prices of forms and plans in bytes of the file that will be written."""
-        return SizePricer(self.model, external=self.external, name=self.settings.output_name)
+        domains = TARGETS[self.settings.target].domains
+        return SizePricer(self.model, external=self.external, name=self.settings.output_name, domains=domains)
 
     def times(self, budget: Budget) -> bool:
         """Whether the result's latency is measured: always for a latency budget, else where the model is small."""

@@ -6,7 +6,7 @@ arrays, so the serialized size of a whole plan is known to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,13 +84,20 @@ class SizePrice:
 class SizePricer:
     """Exact bytes of forms and of plans."""
 
-    def __init__(self, model: Model, *, external: bool, name: str = "model.onnx") -> None:
-        """Make the skeleton of the model that plans start from; `external` and `name` say how it will be saved."""
+    def __init__(self, model: Model, *, external: bool, name: str = "model.onnx", domains: Collection[str] = ()) -> None:
+        """Make the skeleton of the model that plans start from.
+
+        Args:
+            model: the model.
+            external: whether its weights will be saved beside it.
+            name: of the file.
+            domains: as for `assemble`.
+        """
         self._source, self._model = model, skeleton(model)
         self._sites = {site.name: site for site in find_sites(self._model)}
         self._taken = frozenset(all_names(self._model.proto))
         self._domains = ("", "ai.onnx", *(entry.domain for entry in model.proto.opset_import))
-        self._external, self._name = external, name
+        self._external, self._name, self._extra = external, name, domains
         self._channels: Channels | None = None
         self._freed: dict[tuple[str, bool], int] = {}
         self.base_bytes = self._size(self._model)
@@ -115,7 +122,7 @@ class SizePricer:
         parts = {name: self._fragment(name, form) for name, form in plan.items() if form not in (UNCHANGED, CARRIED)}
         carried = [self._carriers[name] for name, form in plan.items() if form == CARRIED]
         cuts = self._groups().cuts(plan) if any(form.decomposition == PRUNED for form in plan.values()) else ()
-        return self._size(assemble(self._model, parts, list(self._sites.values()), carried, nominal_ranges, cuts))
+        return self._size(assemble(self._model, parts, list(self._sites.values()), carried, nominal_ranges, cuts, domains=self._extra))
 
     def _groups(self) -> Channels:
         """The model's channel groups, found where a plan prunes some."""

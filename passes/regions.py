@@ -141,11 +141,11 @@ def unit_output(index: ValueIndex, node: NodeProto) -> tuple[str, tuple[NodeProt
     value, absorbed = node.output[0], []
     if node.domain not in STANDARD or node.op_type not in _ABSORBING:
         return value, ()
-    bias = _only_reader(index, value) if node.op_type == "MatMul" else None
+    bias = only_reader(index, value) if node.op_type == "MatMul" else None
     if bias is not None and added_bias(index, bias) is not None:
         absorbed.append(bias)
         value = bias.output[0]
-    activation = _only_reader(index, value)
+    activation = only_reader(index, value)
     if activation is not None and activation.input[0] == value and clip_bounds(index, activation) is not None:
         absorbed.append(activation)
         value = activation.output[0]
@@ -242,7 +242,7 @@ def _quantized_already(index: ValueIndex, inputs: Iterable[str], output: str) ->
     return before or any(use.node.op_type in _QUANTIZERS for use in index.uses(output))
 
 
-def _only_reader(index: ValueIndex, value: str) -> NodeProto | None:
+def only_reader(index: ValueIndex, value: str) -> NodeProto | None:
     """The one node of the main graph that reads a value, if nothing else does and it is no output."""
     uses = index.uses(value)
     home = index.home(value)

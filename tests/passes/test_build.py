@@ -125,6 +125,19 @@ def test_the_optimized_model_has_the_kernels_of_the_arithmetic_and_decodes_nothi
         assert not any(found[operator] for operator in DECODING), found
 
 
+@pytest.mark.parametrize(("target", "domains"), [("cpu", {"com.microsoft"}), ("mobile", set()), ("web", set())])
+def test_products_add_their_biases_where_the_target_has_the_kernel(target: str, domains: set[str]) -> None:
+    """Of two biased products one yields floats to a product of activations, the other ones to an activation; sizes are exact either way."""
+    opened = open_job(*attention(), Settings(target=target))
+    forms = forms_in(opened, "integer")
+    model = build(opened, forms)
+    assert {node.domain for node in model.proto.graph.node} - {"", "intaglio"} == domains
+    assert operators(model.proto)["MatMulIntegerToFloat"] == 2 * len(domains)
+    assert operators(optimized(model.proto))["MatMulIntegerToFloat"] == 3
+    assert opened.sizes().total(forms) == serialized_size(model, opened.external)
+    assert operators(mock(opened, forms).proto)["MatMulIntegerToFloat"] == 2 * len(domains)
+
+
 TOLERANCES = {"integer": 0.03, "dynamic": 0.03, "nbits": 0.03, "rows": 1e-5}
 """Arithmetic → of the largest output. Kernels and plain operators round to the same step but where float32 sums differ just between
 two steps; each such entry is off by 1/255 of its range, and few of them meet in one output. `MatMulNBits` rounds its input
