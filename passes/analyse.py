@@ -100,7 +100,7 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         **{name: Cost(size) for name, size in sizes.shared.items()},
     }
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
-    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit, job.equalized, job.lineage)
+    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit, job.equalized, job.lineage, job.floors)
 
 
 def _allowed(job: Job, latency: bool) -> Allowed:

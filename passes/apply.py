@@ -7,6 +7,7 @@ says whether the budget still holds.
 from __future__ import annotations
 
 from .build import build
+from .floors import with_known_floors
 from .job import Job
 from .options import Progress, silent
 from .pipeline import Outcome, verified
@@ -29,6 +30,8 @@ def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
         VerificationError: the plan, as it was solved, does not keep its budget on held-out data.
     """
     check_model(job.original, plan)
+    if plan.menu.floors:
+        job = with_known_floors(job, plan.menu.floors)
     if plan.menu.equalized:
         job = equalized(job, always=True)
     model = build(job, plan.forms, progress=progress)

@@ -131,6 +131,7 @@ class Job:
         settings: the settings.
         calibration: how models are run while statistics are gathered.
         equalized: whether channels of `model` are rescaled for integers.
+        floors: by value, below which `model` lifts the scores that a Softmax reads.
         slopes: by site name, first-order terms of the labelled loss by which low ranks choose what they keep: (groups, m, n) as in
             `ops.moment.Moment.slope`.
         teacher: the canonical original, where `model` has been compressed and tuned already; None where `model` is that itself.
@@ -152,6 +153,7 @@ class Job:
     calibration: Runtime
     clock: Clock
     equalized: bool = False
+    floors: Mapping[str, float] = field(default_factory=dict)
     slopes: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
     teacher: Model | None = None
     lineage: str = ""

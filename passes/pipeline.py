@@ -19,6 +19,7 @@ from .analyse import analyse
 from .budget import Request, resolve
 from .cache import Cache
 from .errors import InfeasibleError, InputError, LateError, VerificationError
+from .floors import floored
 from .job import Job, Settings
 from .latency import PairedLatency
 from .load import load
@@ -86,7 +87,7 @@ def compress_job(job: Job, request: Request, *, progress: Progress = silent) -> 
     check_tuning(job)
     timed = request.latency is not None or request.minimize == "latency" or asks_for_arithmetic(job.settings)
     if timed:
-        job = equalized(job)
+        job = equalized(floored(job))
     cache = Cache(job.settings.cache)
     job, rounds = approached(job, request, cache, timed=timed, progress=progress)
     menu = analyse(job, cache, latency=timed, progress=progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ class Menu:
             channels, which layers around them have to agree on, cost nothing.
         unit: of divergence: "kl_nats" or "relative_mse".
         equalized: whether channels of the model were rescaled for integers before anything was priced.
+        floors: by value, below which the model that was priced lifts the scores that a Softmax reads.
         lineage: digest of the rounds that the priced weights come from, as in `Job`; empty for the model's own.
     """
 
@@ -74,6 +75,7 @@ class Menu:
     unit: str
     equalized: bool = False
     lineage: str = ""
+    floors: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -256,6 +258,7 @@ def to_json(plan: Plan) -> str:
             "unit": plan.menu.unit,
             "equalized": plan.menu.equalized,
             "lineage": plan.menu.lineage,
+            "floors": dict(plan.menu.floors),
             "joint": plan.joint,
             "budget": {
                 "size_bytes": plan.budget.size_bytes,
@@ -376,6 +379,7 @@ def read_plan(path: Path) -> Plan:
             document["unit"],
             bool(document["equalized"]),
             str(document.get("lineage", "")),
+            {str(name): float(floor) for name, floor in document.get("floors", {}).items()},
         )
         if menu.unit not in UNITS:
             raise ValueError("unit")

@@ -45,7 +45,7 @@ class Findings:
             [REVISION, __version__, RUNTIME_VERSION, machine()],
             [job.original.sha256, job.data.digest, [site.name for site in job.sites], [kind.value for kind in job.kinds]],
             [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration), job.equalized, job.settings.curvature],
-            job.lineage,
+            [job.lineage, *sorted(job.floors.items())] if job.floors else job.lineage,
         )
 
     def get(self, site: str) -> Finding | None:

@@ -15,6 +15,7 @@ from .budget import Request, resolve
 from .cache import Cache
 from .canonicalize import canonicalize
 from .errors import InfeasibleError, InputError
+from .floors import floored, with_floors
 from .job import Job
 from .load import load
 from .model import Model
@@ -22,6 +23,7 @@ from .options import Progress, silent
 from .plan import Correction, Plan
 from .prepare import equalized
 from .price import SizePricer
+from .targets import TARGETS
 from .within import choose_within, plan_within
 
 ROUNDS = 4
@@ -35,7 +37,7 @@ def plan_job(job: Job, request: Request, *, progress: Progress = silent) -> Plan
         InputError: the budget is malformed.
         InfeasibleError: no choice meets it.
     """
-    job = equalized(job)
+    job = equalized(floored(job))
     menu = analyse(job, Cache(job.settings.cache), latency=True, progress=progress)
     budget = resolve(request, job.original.size_bytes, menu.base)
     return plan_within(job, menu, budget, Correction(), job.sizes())
@@ -59,11 +61,13 @@ def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -
         raise InputError("plan: it was made in rounds, and prices weights that only these had; solve again with `intaglio plan`")
     budget = resolve(request, original.size_bytes, plan.menu.base)
     model, _ = canonicalize(original)
-    sizes = SizePricer(model, external=bool(original.weights.files))
+    model = with_floors(model, plan.menu.floors)
+    domains = dict.fromkeys(target.domains for target in TARGETS.values())  # a plan does not say for which target it was made
+    pricers = [SizePricer(model, external=bool(original.weights.files), domains=each) for each in domains]
     correction = replace(plan.correction, spare_bytes=0)
     for _ in range(ROUNDS):
         solved = choose_within(plan.menu, budget, correction)
-        excess = 0 if budget.size_bytes is None else sizes.total(solved.forms) - int(budget.size_bytes)
+        excess = 0 if budget.size_bytes is None else max(each.total(solved.forms) for each in pricers) - int(budget.size_bytes)
         if excess <= 0:
             return solved
         correction = replace(correction, spare_bytes=correction.spare_bytes + excess + 16)
