@@ -6,7 +6,7 @@ the original's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from onnx import ModelProto
@@ -56,14 +56,16 @@ class Activations:
         return {f"dynamic:{value}": Cost(0, 0.0, self.divergence[value]) for value in self.inputs.values()}
 
 
-def measure_activations(job: Job, carriers: Sequence[Carrier], findings: Mapping[str, Finding], known: Findings) -> Activations:
+def measure_activations(
+    job: Job, findings: Mapping[str, Finding], known: Findings, worthwhile: Callable[[Carrier], bool] = lambda _: True
+) -> Activations:
     """Find the units and measure what rounding the values around them costs.
 
     Args:
         job: the job.
-        carriers: those of the job that may become units.
         findings: of the sites; those to which no integer form was proposed are no units.
         known: remembers the measurements.
+        worthwhile: whether a carrier may become a unit.
     """
     narrow = {name: {p.form.arithmetic for p in finding.proposals} for name, finding in findings.items()}
     coupled = {name for name, arithmetic in ARITHMETICS.items() if arithmetic.coupled}
@@ -73,7 +75,8 @@ def measure_activations(job: Job, carriers: Sequence[Carrier], findings: Mapping
         for site in job.sites
         if "dynamic" in narrow[site.name] and len(site.uses) == 1 and site.uses[0].scope == MAIN
     }
-    units = units_around(job.model, sites, carriers if sites else ())
+    carriers = tuple(filter(worthwhile, job.carriers)) if sites else ()
+    units = units_around(job.model, sites, carriers)
     values = list(dict.fromkeys([*(name for unit in units.values() for name in (*unit.inputs, *unit.outputs)), *inputs.values()]))
     divergence = known.activations()
     if divergence is None or not all(value in divergence for value in values):

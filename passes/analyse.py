@@ -81,7 +81,7 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         narrow = latency and timer is not None
         activations = Activations()
         if timer is not None and narrow:
-            activations = measure_activations(job, list(filter(timer.worthwhile, job.carriers)), findings, known)
+            activations = measure_activations(job, findings, known, timer.worthwhile)
         rows = {site.name: _priced(site, findings[site.name], sizes, linear.get(site.name, {})) for site in job.sites}
         if timer is not None and narrow:
             _calibrate_integers(job, rows, activations, timer)

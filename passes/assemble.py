@@ -56,7 +56,7 @@ def assemble(
     if not operators:
         return rewritten
     placed = place(rewritten, operators, ranges(rewritten, operators, quantized_values(rewritten, operators)))
-    return with_biases(placed) if DOMAIN in domains else placed
+    return with_biases(placed, operators) if DOMAIN in domains else placed
 
 
 def joined(

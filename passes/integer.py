@@ -390,10 +390,26 @@ class _Placement:
 
     def _drawn(self, node: NodeProto) -> bool:
         """Whether ONNX Runtime would draw an operator into bytes because of a quantizer behind it: it moves quantizers in front of pools,
-        and takes other operators where what they read was dequantized."""
-        if node.domain not in STANDARD or node.op_type not in HELD:
+        and takes other operators where what they read was dequantized. Operators that move entries hand either on."""
+        held = self._moved(node)
+        if held is None or held.domain not in STANDARD or held.op_type not in HELD:
             return False
-        return node.op_type in CHANNELS_LAST or all(name in self._yielders for name in node.input[: data_inputs(node)])
+        return held.op_type in CHANNELS_LAST or all(self._in_bytes(name) for name in held.input[: data_inputs(held)])
+
+    def _moved(self, node: NodeProto | None) -> NodeProto | None:
+        """The operator whose entries a node moves, itself if it moves none; None for what comes from elsewhere."""
+        while node is not None and node.domain in STANDARD and node.op_type in KEEPING - CHANNELS_LAST.keys():
+            producer = self._index.producer(node.input[0])
+            node = None if producer is None else producer.node
+        return node
+
+    def _in_bytes(self, name: str) -> bool:
+        """Whether a value was dequantized, perhaps before its entries were moved."""
+        producer = self._index.producer(name)
+        while name not in self._yielders and producer is not None and producer.node.op_type in KEEPING - CHANNELS_LAST.keys():
+            name = producer.node.input[0]
+            producer = self._index.producer(name)
+        return name in self._yielders
 
     def _narrow_bias(self, unit: _Unit) -> None:
         """Turn a float bias into int32 of the scale that the integer kernel accumulates in."""

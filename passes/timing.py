@@ -154,12 +154,13 @@ class LatencyPricer:
 
     def worthwhile(self, carrier: Carrier) -> bool:
         """Whether an operator without a weight can gain from running in integers: its kernel for bytes is faster than the one for floats
-        between conversions of all that goes in and comes out."""
+        between conversions of all that goes in and comes out, and what holds it back."""
         if carrier.node.op_type not in HELD or carrier.node.op_type in CHANNELS_LAST:
             return True
         before_s, after_s = self._carrier_pair(carrier)
         inside_s = sum(self._converted(value)[1] for value in carrier.inputs)
-        return after_s < inside_s + before_s + self._converted(carrier.output)[0]
+        held_s = self._bench.seconds(_conversion("Sum", opset(self._proto)), {"x": self._values[carrier.output]})
+        return after_s < inside_s + before_s + held_s + self._converted(carrier.output)[0]
 
     def _carrier_pair(self, carrier: Carrier) -> tuple[float, float]:
         """Seconds of an operator without a weight in floats and in integers, measured in alternation."""
@@ -359,12 +360,12 @@ def _between_quantizers(proto: ModelProto) -> ModelProto:
 
 
 def _conversion(op_type: str, version: int) -> ModelProto:
-    """A model of one QuantizeLinear or DequantizeLinear."""
-    to_integers = op_type == "QuantizeLinear"
+    """A model of one QuantizeLinear or DequantizeLinear, or of a Sum of one term."""
+    to_integers, parameters = op_type == "QuantizeLinear", [] if op_type == "Sum" else ["scale", "zero"]
     graph = helper.make_graph(
-        [helper.make_node(op_type, ["x", "scale", "zero"], ["y"])],
+        [helper.make_node(op_type, ["x", *parameters], ["y"])],
         op_type,
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT if to_integers else TensorProto.UINT8, None)],
+        [helper.make_tensor_value_info("x", TensorProto.UINT8 if op_type == "DequantizeLinear" else TensorProto.FLOAT, None)],
         [helper.make_tensor_value_info("y", TensorProto.UINT8 if to_integers else TensorProto.FLOAT, None)],
         [
             numpy_helper.from_array(np.asarray(0.05, np.float32), "scale"),

@@ -213,6 +213,15 @@ def _fused_matmul(node: NodeProto) -> list[NodeProto]:
     return [helper.make_node("Einsum", list(node.input[:2]), [node.output[0]], equation=f"...{left},...{right}->...ac")]
 
 
+def _dequantized_matmul(node: NodeProto) -> list[NodeProto]:
+    left, right = (f"{node.output[0]}/{side}" for side in ("left", "right"))
+    return [
+        helper.make_node("Cast", [node.input[0]], [left], to=TensorProto.FLOAT),
+        helper.make_node("Cast", [node.input[1]], [right], to=TensorProto.FLOAT),
+        helper.make_node("MatMul", [left, right], [node.output[0]]),
+    ]
+
+
 _CONV = ("auto_pad", "dilations", "group", "kernel_shape", "pads", "strides")
 
 _STAND_INS: Mapping[str, Callable[[NodeProto], list[NodeProto]]] = {
@@ -224,6 +233,7 @@ _STAND_INS: Mapping[str, Callable[[NodeProto], list[NodeProto]]] = {
     "com.microsoft::FusedConv": _standard(3, *_CONV),
     "com.microsoft::FusedGemm": _standard(3, "alpha", "beta", "transA", "transB"),
     "com.microsoft::FusedMatMul": _fused_matmul,
+    "com.microsoft::MatMulIntegerToFloat": _dequantized_matmul,
     "com.microsoft::Gelu": _like_first,
     "com.microsoft::QuantizeLinear": _standard(3, "axis"),
     "com.microsoft::QuickGelu": _like_first,

@@ -78,7 +78,9 @@ def plan_within(job: Job, menu: Menu, budget: Budget, correction: Correction, si
             if keeps and (best is None or _objective(plan) < _objective(best)):
                 best = plan
             bracket.add(plan.correction.latency, fast=keeps)
-            wanted = bracket.inside(_latency_factor(plan, ratio))
+            wanted = _latency_factor(plan, ratio)
+            if wanted < float("inf"):
+                wanted = bracket.inside(wanted)
             if _CLOSE / SLACK * stopwatch.limit <= ratio <= stopwatch.limit or (keeps and wanted <= plan.correction.latency):
                 break  # little is left of the budget, or another limit binds
         if bracket.closed or wanted == float("inf"):

@@ -51,7 +51,7 @@ def findings(*forms: Form, sites: tuple[str, ...] = ("c1", "c2", "g")) -> dict[s
 
 
 def measured(*forms: Form, sites: tuple[str, ...] = ("c1", "c2", "g")) -> Activations:
-    return measure_activations(job(), job().carriers, findings(*forms, sites=sites), Findings(job(), job().settings.allowed(), Cache(None)))
+    return measure_activations(job(), findings(*forms, sites=sites), Findings(job(), job().settings.allowed(), Cache(None)))
 
 
 def test_units_are_the_sites_with_integer_forms_and_the_carriers() -> None:
@@ -59,6 +59,13 @@ def test_units_are_the_sites_with_integer_forms_and_the_carriers() -> None:
     assert set(found.units) == {"c1", "c2", "g", "s", "p", "f"}
     assert {carrier.name for carrier in found.carriers} == {"s", "p", "f"}
     assert found.inputs == {}
+
+
+def test_carriers_that_are_not_worthwhile_stand_outside() -> None:
+    known = Findings(job(), job().settings.allowed(), Cache(None))
+    found = measure_activations(job(), findings(INTEGER), known, lambda carrier: carrier.name != "s")
+    assert set(found.units) == {"c1", "c2", "g", "p", "f"}
+    assert "b" in found.outside
 
 
 def test_sites_without_integer_forms_are_no_units() -> None:
@@ -105,13 +112,13 @@ def test_dynamic_layers_that_read_one_value_pay_for_it_once() -> None:
 
 def test_what_was_measured_is_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
     known = Findings(job(), job().settings.allowed(), Cache(None))
-    first = measure_activations(job(), job().carriers, findings(INTEGER), known)
+    first = measure_activations(job(), findings(INTEGER), known)
 
     def refuse(*_: object, **__: object) -> dict[str, object]:
         raise AssertionError("measured again")
 
     monkeypatch.setattr("intaglio.passes.activations.calibrated", refuse)
-    again = measure_activations(job(), job().carriers, findings(INTEGER), known)
+    again = measure_activations(job(), findings(INTEGER), known)
     assert again.divergence == first.divergence
     assert again.units == first.units
 
@@ -125,6 +132,6 @@ def test_values_that_cannot_be_rounded_rule_out_the_operators_around_them() -> N
     opened = open_job(proto, {"x": normal(3, 12, 16)}, Settings())
     flat = Sensitivity(Curve.through([]), Curve.through([]))
     known = {site.name: Finding((Proposal(INTEGER, 0.0, 0.01),), flat) for site in opened.sites}
-    found = measure_activations(opened, opened.carriers, known, Findings(opened, opened.settings.allowed(), Cache(None)))
+    found = measure_activations(opened, known, Findings(opened, opened.settings.allowed(), Cache(None)))
     assert set(found.units) == {"w"}
     assert "e" not in found.divergence

@@ -360,6 +360,21 @@ def test_a_pool_in_floats_stays_in_floats_before_integers(tmp_path: Path) -> Non
     assert kinds.index("MaxPool") < kinds.index("QuantizeLinear")
 
 
+def test_a_softmax_stays_in_floats_where_quantizers_would_move_to_it(tmp_path: Path) -> None:
+    """ONNX Runtime moves them over operators that move entries."""
+    text = """g (float[4, 8] a, float[4, 8] b, float[8, 5] v) => (float[4, 5] y) {
+        s = Add (a, b)
+        t = Unsqueeze (s, first)
+        p = Softmax (t)
+        r = Squeeze (p, first)
+        y = MatMul (r, v)
+    }"""
+    model = load(parse(text, {"first": np.asarray([0], np.int64)}))
+    result = place(model, ["s", "y"], dict.fromkeys(quantized_values(model, ["s", "y"]), ONE)).proto
+    found = optimized(result, tmp_path)
+    assert (found["QLinearSoftmax"], found["Softmax"]) == (0, 1)
+
+
 @pytest.mark.parametrize("carried", [False, True])
 def test_a_softmax_that_is_to_stay_in_floats_does_so_between_bytes(carried: bool, tmp_path: Path) -> None:
     """ONNX Runtime would take its kernel for bytes, which is the slower one, wherever it finds quantizers around it."""

@@ -122,6 +122,7 @@ CONTRIB = [
     ("BiasGelu (x, b)", (None, 4)),
     ("FusedMatMul (x, w)", (None, 6)),
     ("FusedMatMul <transB = 1, alpha = 0.5> (x, v)", (None, 6)),
+    ("MatMulIntegerToFloat (x, w8, s, s)", (None, 6)),
     ("FusedGemm <transB = 1> (x, v)", (None, 6)),
     ("SkipLayerNormalization (x, x, b)", (None, 4)),
 ]
@@ -129,7 +130,7 @@ CONTRIB = [
 
 @pytest.mark.parametrize(("call", "shape"), CONTRIB)
 def test_operators_of_the_runtime_have_types(call: str, shape: tuple[int | None, ...]) -> None:
-    weights = {"w": normal(1, 4, 6), "v": normal(2, 6, 4), "b": normal(3, 4)}
+    weights = {"w": normal(1, 4, 6), "v": normal(2, 6, 4), "b": normal(3, 4), "w8": np.ones((4, 6), np.int8), "s": np.float32(0.5)}
     values = infer_text(f"g (float[N, 4] x) => (float[P, Q] z) {{ y = com.microsoft.{call} z = Relu (y) }}", weights)
     assert values["y"].shape == shape
     assert values["z"].shape == shape

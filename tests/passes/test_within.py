@@ -14,7 +14,7 @@ from intaglio.passes import within
 from intaglio.passes.errors import InfeasibleError
 from intaglio.passes.job import Clock
 from intaglio.passes.plan import Candidate, Correction, Menu, Plan
-from intaglio.passes.within import plan_within
+from intaglio.passes.within import Bracket, plan_within
 from intaglio.solver import Budget, Cost
 
 LARGE = Form("dense", (), "int8", "integer")
@@ -134,3 +134,19 @@ def test_a_model_that_canonical_form_alone_makes_fast_enough_is_kept(monkeypatch
         monkeypatch.setitem(FORMS, form, replace(candidate, latency_s=0.0))
     ratios = dict.fromkeys((UNCHANGED, *FORMS), 0.5)
     assert planned(monkeypatch, ratios, latency=0.7).forms["w"] in ratios
+
+
+def test_a_bracket_closes_in_on_the_factor_between_fast_and_slow_plans() -> None:
+    bracket = Bracket()
+    assert bracket.inside(3.0) == 3.0  # nothing is known
+    bracket.add(1.0, fast=True)
+    assert bracket.middle == float("inf")
+    assert bracket.inside(0.5) == 0.5
+    bracket.add(4.0, fast=False)
+    assert bracket.inside(3.0) == 3.0
+    assert bracket.inside(5.0) == bracket.inside(0.5) == bracket.inside(4.0) == 2.0
+    bracket.add(0.5, fast=True)  # further out on either side says nothing new
+    bracket.add(8.0, fast=False)
+    assert (bracket.fast, bracket.slow, bracket.closed) == (1.0, 4.0, False)
+    bracket.add(3.99, fast=True)
+    assert bracket.closed
