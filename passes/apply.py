@@ -7,13 +7,13 @@ says whether the budget still holds.
 from __future__ import annotations
 
 from .build import build
-from .floors import with_known_floors
 from .job import Job
 from .options import Progress, silent
 from .pipeline import Outcome, verified
 from .plan import Plan
 from .prepare import equalized
 from .replan import check_model
+from .scores import with_known_floors
 from .verify import compare
 
 

@@ -22,6 +22,7 @@ from .curvature import output_metrics
 from .cuts import Cut
 from .errors import InputError
 from .fit import Arrays, rebuilt, store
+from .floors import with_ceilings
 from .frontier import Frontier
 from .graph import MAIN, ValueIndex, all_names, downstream
 from .integer import place
@@ -30,7 +31,7 @@ from .match import FOLDS, levels, matchable, matched, mean_shift, pooled
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
-from .price import noise
+from .price import packed_noise
 from .ranges import METHODS, Range, collect
 from .refit import channel_orders, channels_of, cut_weight, fit_pruned, kept_channels, match_pruned, original_moments
 from .regions import Carrier
@@ -309,10 +310,11 @@ def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     chosen = chosen_sites(job, run)
     fragments = {}
     for site in chosen:
-        arrays = tuple(tuple(noise(array, rng) for array in packed) for packed in ghosts(site, run[site.name]))
+        arrays = tuple(packed_noise(packed, rng) for packed in ghosts(site, run[site.name]))
         fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken)
     cuts, domains = _placeholders(job, forms), TARGETS[job.settings.target].domains
-    return assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal_ranges, cuts, domains=domains)
+    model = assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal_ranges, cuts, domains=domains)
+    return with_ceilings(model, job.floors)
 
 
 def _stages(model: Model, sites: Sequence[Site], *, match: bool) -> list[list[Site]]:

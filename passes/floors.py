@@ -1,102 +1,36 @@
-"""Keep masked scores where exponentials are ordinary numbers: a Softmax over them is several times as fast.
+"""Clip what a Softmax reads, from below.
 
-A mask adds a huge negative number to scores. Softmax takes e to the power of what is left below each row's maximum; between e^-87 and
-e^-104, where kernels stop, float32 numbers are denormal, and processors take a hundred cycles for each. A Clip in front of the Softmax
-lifts such scores to where their exponential is an ordinary number, but still nothing beside 1.
-
-Before: Softmax(s). After: Softmax(Clip(s, floor)), with a floor so far below everything seen that no output changes in its last bit. A row
-whose entries all lie below the floor (nothing but masked) is uniform, as it is with a mask that swallows the scores.
-
-Must not fire on: scores of which a row's maximum, on any sample, comes within `NEAR` of the floor, models before opset 11, values that are
-not float32, a Softmax over another than the last axis, and a Softmax that is not clearly faster for it, as measured.
+Before: Softmax(s). After: Softmax(Clip(s, floor)). Where floors are, and why, is decided in `scores.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .calibrate import value_shapes
-from .execute import Executor
 from .graph import STANDARD, ValueIndex, all_names
-from .job import Job
-from .latency import measure
 from .model import Model
-from .prepare import reopened
-from .regions import value_types
-from .rewrite import FUNCTION_IR, OPTIONAL_INPUT_IR
-from .session import open_session
-from .sites import opset
-from .units import activation_values
-
-MIN_OPSET = 11
-"""The opset from which Clip takes its bounds as inputs."""
+from .rewrite import OPTIONAL_INPUT_IR
 
 REACH = 84.0
-"""How far below the largest score the floor lies: e^-84 is 3e-37, still an ordinary float32 number."""
-
-NEAR = 30.0
-"""How far above the floor the maximum of every row has to be: e^-30 is 1e-13, a millionth of what float32 tells from 1."""
-
-SAMPLES = 32
-"""Fit samples on which scores are looked at."""
-
-FASTER = 0.8
-"""What Clip and Softmax take, relative to the Softmax alone, at most: the effect that is looked for makes it a quarter or less."""
-
-
-def floored(job: Job) -> Job:
-    """The job with a floor below the scores of every Softmax that gets clearly faster by it; the job itself where there is none."""
-    if not job.small or opset(job.model.proto) < MIN_OPSET:
-        return job
-    with job.clock.phase("canonicalize"):
-        floors = find_floors(job)
-        return with_known_floors(job, floors) if floors else job
-
-
-def with_known_floors(job: Job, floors: Mapping[str, float]) -> Job:
-    """The job with these floors, by value, as `find_floors` gave them."""
-    twin = reopened(job, with_floors(job.model, floors))
-    values = activation_values(twin.model, twin.sites.sites, twin.carriers)
-    shapes = value_shapes(twin.model, values, job.data.first(1), job.calibration)
-    return replace(twin, floors=dict(floors), value_shapes=shapes)
-
-
-def find_floors(job: Job) -> dict[str, float]:
-    """Floors of the scores that a Softmax of the main graph reads, by value."""
-    values = list(dict.fromkeys(node.input[0] for node in _softmaxes(job.model.proto)))
-    if not values:
-        return {}
-    executor = Executor.of(job.model, values, job.calibration)
-    seen = {name: _Scores() for name in values}
-    padded = replace(job.data, trims=())  # as models are run and timed; elsewhere padding is left out
-    for arrays in executor.run(feed for feed, _ in padded.feeds(job.splits.fit[: job.data.enough(SAMPLES)])):
-        for name, scores in zip(values, arrays, strict=True):
-            seen[name].look(scores)
-    floors = {name: floor for name, scores in seen.items() if (floor := scores.floor()) is not None}
-    return {name: floor for name, floor in floors.items() if _pays(job, seen[name].lowest, floor)}
+"""How far below the largest score a floor lies: e^-84 is 3e-37, still an ordinary float32 number."""
 
 
 def with_floors(model: Model, floors: Mapping[str, float]) -> Model:
     """A copy of a model in which every Softmax reads these values clipped; the input model is not changed."""
     proto = ModelProto()
     proto.CopyFrom(model.proto)
-    taken, index = all_names(proto), ValueIndex(proto)
+    bounds, index = _Bounds(proto), ValueIndex(proto)
     nodes: list[NodeProto] = []
     clipped: dict[str, str] = {}
     for node in proto.graph.node:
-        name = node.input[0] if _is_softmax(node) else ""
+        name = node.input[0] if is_softmax(node) else ""
         if name in floors and index.producer(name) is not None:
             if name not in clipped:
-                bound, clipped[name] = (_fresh(f"{name}_{part}", taken) for part in ("floor", "floored"))
-                proto.graph.initializer.append(numpy_helper.from_array(np.asarray(floors[name], np.float32), bound))
-                if proto.ir_version < OPTIONAL_INPUT_IR:
-                    proto.graph.input.append(helper.make_tensor_value_info(bound, TensorProto.FLOAT, []))
-                nodes.append(helper.make_node("Clip", [name, bound], [clipped[name]]))
+                clipped[name] = bounds.fresh(f"{name}_floored")
+                nodes.append(helper.make_node("Clip", [name, bounds.add(f"{name}_floor", floors[name])], [clipped[name]]))
             node.input[0] = clipped[name]
         copy = NodeProto()
         copy.CopyFrom(node)
@@ -106,83 +40,45 @@ def with_floors(model: Model, floors: Mapping[str, float]) -> Model:
     return Model(proto, model.weights, model.path, model.size_bytes, model.sha256)
 
 
-@dataclass
-class _Scores:
-    """What is known of the scores that a Softmax reads.
+def with_ceilings(model: Model, floors: Mapping[str, float]) -> Model:
+    """A copy of a model with these floors that clips from above too: for models of noise, whose scores may be far larger than real ones.
 
-    Attributes:
-        highest: of all.
-        least_maximum: least maximum of a row.
-        lowest: the array with the lowest score.
+    With them a Softmax takes as long as it does on real scores.
     """
-
-    highest: float = -np.inf
-    least_maximum: float = np.inf
-    lowest: NDArray[np.float32] | None = None
-
-    def look(self, scores: NDArray[np.float32]) -> None:
-        """Take the scores of a sample in."""
-        if scores.size == 0:
-            return
-        maxima = scores.max(-1)
-        maxima = maxima[maxima > scores.min(-1)]  # rows of one value stay uniform
-        self.highest = max(self.highest, float(maxima.max(initial=-np.inf)))
-        self.least_maximum = min(self.least_maximum, float(maxima.min(initial=np.inf)))
-        if self.lowest is None or scores.min() < self.lowest.min():
-            self.lowest = scores
-
-    def floor(self) -> float | None:
-        """The floor; None where nothing lies below it or something comes near it."""
-        floor = float(np.floor(self.highest - REACH)) if np.isfinite(self.highest) else np.nan
-        if self.lowest is None or not (floor <= 0 and self.lowest.min() < floor and self.least_maximum >= floor + NEAR):
-            return None
-        return floor
-
-
-def _pays(job: Job, scores: NDArray[np.float32] | None, floor: float) -> bool:
-    """Whether Clip and Softmax together are clearly faster on some scores than the Softmax."""
-    if scores is None:
-        return False
-    runtime = job.settings.runtime
-    runs = []
-    for clipped in (False, True):
-        session = open_session(_micro(job.model.proto, scores.ndim, floor, clipped), threads=runtime.threads, providers=runtime.providers)
-        runs.append(session.bind({"x": scores}))
-    before, after = measure(runs, budget_s=0.1)
-    return after.median_s <= FASTER * before.median_s
-
-
-def _micro(proto: ModelProto, rank: int, floor: float, clipped: bool) -> ModelProto:
-    """A Softmax by itself, perhaps with a Clip in front."""
-    nodes = [helper.make_node("Clip", ["x", "low"], ["c"])] if clipped else []
-    nodes.append(helper.make_node("Softmax", ["c" if clipped else "x"], ["y"], axis=rank - 1))
-    low = [numpy_helper.from_array(np.asarray(floor, np.float32), "low")] if clipped else []
-    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [None] * rank) for name in "xy"]
-    graph = helper.make_graph(nodes, "scores", ends[:1], ends[1:], low)
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset(proto))], ir_version=FUNCTION_IR)
-
-
-def _softmaxes(proto: ModelProto) -> list[NodeProto]:
-    """The Softmax nodes of the main graph over the last axis of a computed float32 value."""
-    types, index = value_types(proto), ValueIndex(proto)
-    found = []
+    if not floors:
+        return model
+    proto = ModelProto()
+    proto.CopyFrom(model.proto)
+    bounds = _Bounds(proto)
     for node in proto.graph.node:
-        if not _is_softmax(node) or index.producer(node.input[0]) is None or node.input[0] not in types:
-            continue
-        kind = types[node.input[0]]
-        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1 if opset(proto) >= 13 else 1)
-        if kind.elem_type == TensorProto.FLOAT and kind.HasField("shape") and axis in (-1, len(kind.shape.dim) - 1):
-            found.append(node)
-    return found
+        if node.op_type == "Clip" and node.domain in STANDARD and node.input[0] in floors and len(node.input) == 2:
+            node.input.append(bounds.add(f"{node.input[0]}_ceiling", floors[node.input[0]] + REACH))
+    return Model(proto, model.weights, model.path, model.size_bytes, model.sha256)
 
 
-def _is_softmax(node: NodeProto) -> bool:
+def is_softmax(node: NodeProto) -> bool:
+    """Whether a node is a Softmax of the default domain."""
     return node.domain in STANDARD and node.op_type == "Softmax"
 
 
-def _fresh(name: str, taken: set[str]) -> str:
-    found, count = name, 1
-    while found in taken:
-        found, count = f"{name}_{count}", count + 1
-    taken.add(found)
-    return found
+class _Bounds:
+    """Adds numbers to a main graph."""
+
+    def __init__(self, proto: ModelProto) -> None:
+        self._proto, self._taken = proto, all_names(proto)
+
+    def add(self, name: str, value: float) -> str:
+        """A float32 initializer of this value, and about this name."""
+        name = self.fresh(name)
+        self._proto.graph.initializer.append(numpy_helper.from_array(np.asarray(value, np.float32), name))
+        if self._proto.ir_version < OPTIONAL_INPUT_IR:
+            self._proto.graph.input.append(helper.make_tensor_value_info(name, TensorProto.FLOAT, []))
+        return name
+
+    def fresh(self, name: str) -> str:
+        """The name, or one like it that is not taken."""
+        found, count = name, 1
+        while found in self._taken:
+            found, count = f"{name}_{count}", count + 1
+        self._taken.add(found)
+        return found

@@ -19,7 +19,6 @@ from .analyse import analyse
 from .budget import Request, resolve
 from .cache import Cache
 from .errors import InfeasibleError, InputError, LateError, VerificationError
-from .floors import floored
 from .job import Job, Settings
 from .latency import PairedLatency
 from .load import load
@@ -30,6 +29,7 @@ from .plan import Menu, Plan
 from .prepare import equalized
 from .rounds import Round, approached
 from .save import save
+from .scores import floored
 from .search import FARTHEST_OFF, Attempt, searched, taught
 from .task import TaskOutcome
 from .tune import TuneResult

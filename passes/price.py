@@ -6,7 +6,7 @@ arrays, so the serialized size of a whole plan is known to the byte.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -184,6 +184,19 @@ def _initializer_bytes(name: str, spec: Spec) -> int:
 
 def _varint_bytes(value: int) -> int:
     return max(1, -(-value.bit_length() // 7))
+
+
+def packed_noise(packed: Sequence[Array], rng: np.random.Generator) -> tuple[NDArray[np.generic], ...]:
+    """Random values for the arrays of one storage, such that what they decode to is about as large as weights are.
+
+    Activations then stay ordinary numbers: larger ones would saturate a Softmax, and its denormal numbers are slow.
+    """
+    arrays = tuple(noise(array, rng) for array in packed)
+    codes = [array for array in arrays if array.dtype.kind in "iu" and array.size]
+    if not codes:
+        return arrays
+    step = 1 / (32 * max(codes[0].shape) ** 0.5)
+    return tuple(np.full_like(array, step) if array.dtype.kind == "f" else array for array in arrays)
 
 
 def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:

@@ -15,7 +15,7 @@ from .budget import Request, resolve
 from .cache import Cache
 from .canonicalize import canonicalize
 from .errors import InfeasibleError, InputError
-from .floors import floored, with_floors
+from .floors import with_floors
 from .job import Job
 from .load import load
 from .model import Model
@@ -23,6 +23,7 @@ from .options import Progress, silent
 from .plan import Correction, Plan
 from .prepare import equalized
 from .price import SizePricer
+from .scores import floored
 from .targets import TARGETS
 from .within import choose_within, plan_within
 

@@ -17,7 +17,7 @@ from intaglio.ops.emit import Spec
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
-from intaglio.passes.price import SizePricer, noise, skeleton
+from intaglio.passes.price import SizePricer, noise, packed_noise, skeleton
 from intaglio.passes.save import save, serialized_size
 from intaglio.passes.sites import Sites, find_sites
 from tests.models import CASES, compress, forms_of, mocked, narrow_forms, normal, parse, site_of
@@ -188,3 +188,14 @@ def test_other_noise() -> None:
     rng = np.random.default_rng(0)
     assert not noise(Spec((8,), np.dtype(np.int64)), rng).any()
     assert 0.05 < noise(Spec((64, 100), np.dtype(np.float32)), rng).std() < 0.2
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_codes_and_scales_of_noise_decode_to_something_like_weights(dtype: type[np.floating[Any]]) -> None:
+    rng = np.random.default_rng(0)
+    codes, scales = packed_noise((Spec((100, 64), np.dtype(np.int8)), Spec((64,), np.dtype(dtype))), rng)
+    assert codes.dtype == np.int8
+    assert scales.dtype == dtype
+    assert 0.05 < (codes * scales.astype(np.float32)).std() < 0.2
+    (dense,) = packed_noise((Spec((64, 100), np.dtype(dtype)),), rng)
+    assert 0.05 < dense.astype(np.float32).std() < 0.2

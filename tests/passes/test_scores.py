@@ -1,0 +1,140 @@
+"""Floors below masked scores: no output changes, and no floor comes near anything that counts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import pytest
+
+from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.passes import scores as module
+from intaglio.passes.build import build
+from intaglio.passes.floors import REACH
+from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.rewrite import declines
+from intaglio.passes.scores import find_floors, floored
+from tests.models import Feed, normal, operators, optimized, parse, run
+
+LEAST = float(np.finfo(np.float32).min)
+
+TEXT = """g (float[N, S, 16] x, float[N, 1, S] keep) => (float[N, S, 16] y) {
+    q = MatMul (x, wq)
+    k = MatMul (x, wk)
+    v = MatMul (x, wv)
+    t = Transpose <perm = [0, 2, 1]> (k)
+    a = MatMul (q, t)
+    gone = Sub (one, keep)
+    mask = Mul (gone, huge)
+    s = Add (a, mask)
+    p = Softmax <axis = -1> (s)
+    y = MatMul (p, v)
+}"""
+
+
+def attention(huge: float = LEAST, scale: float = 1.0, **versions: int) -> onnx.ModelProto:
+    weights = {name: normal(number, 16, 16) * np.float32(scale) for number, name in enumerate(("wq", "wk", "wv"), 1)}
+    return parse(TEXT, weights | {"one": np.float32(1), "huge": np.float32(huge)}, **versions)
+
+
+def samples(count: int = 40, length: int = 6, masked: bool = True) -> Feed:
+    """Sequences of which the last positions are masked, of some all."""
+    rng = np.random.default_rng(1)
+    lengths = rng.integers(0, length, count) if masked else np.full(count, length)
+    keep = np.arange(length) < lengths[:, None]
+    return {"x": rng.standard_normal((count, length, 16)).astype(np.float32), "keep": keep[:, None].astype(np.float32)}
+
+
+@pytest.fixture
+def paying(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether floors pay is measured; here they do."""
+    monkeypatch.setattr(module, "_pays", lambda *_: True)
+
+
+def job_of(proto: onnx.ModelProto, feed: Feed | None = None) -> Job:
+    return open_job(proto, dict(feed or samples()), Settings())
+
+
+@pytest.mark.usefixtures("paying")
+@pytest.mark.parametrize("versions", [{"opset": 11, "ir_version": 3}, {"opset": 13, "ir_version": 7}, {"opset": 21, "ir_version": 10}])
+def test_no_output_changes(versions: dict[str, int]) -> None:
+    proto = attention(**versions)
+    text = proto.SerializeToString()
+    opened = job_of(proto)
+    result = floored(opened)
+    assert proto.SerializeToString() == text
+    assert "Clip" not in operators(opened.model.proto)
+    onnx.checker.check_model(result.model.proto, full_check=True)
+    assert operators(result.model.proto)["Clip"] == 1
+    assert list(result.floors) == ["s"]
+    feed = samples(8, 9)
+    for optimize in (True, False):
+        np.testing.assert_array_equal(run(result.model.proto, feed, optimize=optimize)[0], run(proto, feed, optimize=optimize)[0])
+
+
+@pytest.mark.usefixtures("paying")
+def test_exponentials_are_ordinary_numbers() -> None:
+    result = floored(job_of(attention())).model
+    scores = onnx.ModelProto()
+    scores.CopyFrom(result.proto)
+    scores.graph.output.append(
+        onnx.helper.make_tensor_value_info(next(n for n in scores.graph.node if n.op_type == "Softmax").input[0], 1, None)
+    )
+    found = run(scores, samples())[1]
+    below = found - found.max(-1, keepdims=True)
+    assert np.exp(below).min() >= np.finfo(np.float32).tiny
+    assert below.min() < -module.NEAR
+
+
+DECLINED = {
+    "nothing masked": (attention(), samples(masked=False)),
+    "a mask that is not that low": (attention(-30.0), samples()),
+    "rows far apart": (attention(scale=30.0), samples()),
+    "an old opset": (attention(opset=10, ir_version=5), samples()),
+}
+
+
+@pytest.mark.usefixtures("paying")
+@pytest.mark.parametrize(("proto", "feed"), DECLINED.values(), ids=DECLINED)
+def test_what_it_must_not_fire_on(proto: onnx.ModelProto, feed: Feed) -> None:
+    opened = job_of(proto, feed)
+    assert floored(opened) is opened
+
+
+@pytest.mark.usefixtures("paying")
+def test_a_softmax_over_another_axis_stays() -> None:
+    proto = attention()
+    next(node for node in proto.graph.node if node.op_type == "Softmax").attribute[0].i = 1
+    assert find_floors(job_of(proto)) == {}
+
+
+@pytest.mark.parametrize(("clipped_s", "found"), [(0.79, ["s"]), (0.81, [])])
+def test_a_floor_has_to_pay(monkeypatch: pytest.MonkeyPatch, clipped_s: float, found: list[str]) -> None:
+    monkeypatch.setattr(module, "measure", lambda runs, **_: [SimpleNamespace(median_s=1.0), SimpleNamespace(median_s=clipped_s)])
+    assert list(find_floors(job_of(attention()))) == found
+
+
+@pytest.mark.usefixtures("paying")
+def test_an_addition_in_integers_is_the_floor() -> None:
+    """Bytes saturate there, so the Clip goes; the scale spans what counts, not the mask."""
+    result = floored(job_of(attention()))
+    form = Form("dense", (), "int8", "dense", "integer")
+    forms = {site.name: form if declines(site, form) is None else UNCHANGED for site in result.sites}
+    forms |= {carrier.name: CARRIED for carrier in result.carriers}
+    model = build(result, forms)
+    found = operators(optimized(model.proto))
+    assert (found["QLinearAdd"], found["Clip"]) == (1, 0)
+    (scale,) = (onnx.numpy_helper.to_array(t) for t in model.proto.graph.initializer if t.name == "s_floored_scale")
+    assert scale * 255 < 2 * REACH
+    assert result.sizes().total(forms) == len(model.proto.SerializeToString())
+
+
+@pytest.mark.usefixtures("paying")
+def test_floors_that_are_known_are_put_in_again() -> None:
+    first = floored(job_of(attention()))
+    again = module.with_known_floors(job_of(attention()), first.floors)
+    assert again.model.proto.SerializeToString() == first.model.proto.SerializeToString()
+    assert again.value_shapes == first.value_shapes
+    assert replace(again, floors={}).floors != first.floors
