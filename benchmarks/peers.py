@@ -62,12 +62,12 @@ PEERS = (
 )
 
 BUDGETS = {
-    "cifar_resnet": (("--size", "0.11", "--latency", "0.29"), ("--size", "0.11", "--latency", "0.28")),
+    "cifar_resnet": (("--size", "0.11", "--latency", "0.28"), ("--size", "0.2", "--latency", "0.275")),
     "squeezenet": (("--size", "0.1666", "--latency", "0.42"), ("--size", "0.22", "--latency", "0.46")),
     "minilm": (
-        ("--size", "0.125", "--latency", "0.4"),
-        ("--size", "0.25", "--latency", "0.38"),
-        ("--size", "0.155", "--latency", "0.8"),
+        ("--size", "0.125", "--latency", "0.37"),
+        ("--size", "0.25", "--latency", "0.37"),
+        ("--size", "0.155", "--latency", "0.75"),
     ),
     "cifar_vgg16": (("--size", "0.08", "--latency", "0.15"),),
 }
