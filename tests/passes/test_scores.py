@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,9 +12,13 @@ import pytest
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
 from intaglio.passes import scores as module
-from intaglio.passes.build import build
+from intaglio.passes.apply import apply_plan
+from intaglio.passes.budget import Request
+from intaglio.passes.build import build, mock
 from intaglio.passes.floors import REACH
 from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.plan import read_plan, to_json
+from intaglio.passes.replan import plan_job, replan
 from intaglio.passes.rewrite import declines
 from intaglio.passes.scores import find_floors, floored
 from tests.models import Feed, normal, operators, optimized, parse, run
@@ -138,3 +143,24 @@ def test_floors_that_are_known_are_put_in_again() -> None:
     assert again.model.proto.SerializeToString() == first.model.proto.SerializeToString()
     assert again.value_shapes == first.value_shapes
     assert replace(again, floors={}).floors != first.floors
+
+
+@pytest.mark.usefixtures("paying")
+def test_a_plan_brings_its_floors_along(tmp_path: Path) -> None:
+    plan = plan_job(job_of(attention()), Request(size="0.9"))
+    (tmp_path / "plan.json").write_text(to_json(plan), encoding="utf-8")
+    again = read_plan(tmp_path / "plan.json")
+    assert again.menu.floors == plan.menu.floors != {}
+    applied = apply_plan(job_of(attention()), again).model.proto
+    assert operators(applied)["Clip"] == 1
+    smaller = replan(attention(), again, Request(size="0.8"))
+    assert len(apply_plan(job_of(attention()), smaller).model.proto.SerializeToString()) <= 0.8 * len(attention().SerializeToString())
+
+
+@pytest.mark.usefixtures("paying")
+def test_models_of_noise_have_a_ceiling() -> None:
+    opened = floored(job_of(attention()))
+    (clip,) = (node for node in mock(opened, {}).proto.graph.node if node.op_type == "Clip")
+    assert len(clip.input) == 3
+    (clip,) = (node for node in opened.model.proto.graph.node if node.op_type == "Clip")
+    assert len(clip.input) == 2
