@@ -40,6 +40,7 @@ from intaglio.passes.latent import Levelled, Plain, Rounded, Tabled
 from intaglio.passes.options import Runtime
 from intaglio.passes.plan import Correction, Plan
 from intaglio.passes.prepare import equalized
+from intaglio.passes.scores import floored
 from intaglio.passes.student import Parameter, Student, make_student
 from intaglio.passes.tune_options import TuneOptions
 from intaglio.passes.tuning import lessons_of
@@ -72,10 +73,10 @@ Float32 = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def planned(job: Job, request: Request) -> tuple[Job, Plan]:
-    """A plan, and the job that it was made for: equalized where the budget asks for integers and that helps."""
+    """A plan, and the job that it was made for: with floors and equalized where the budget asks for integers and that helps."""
     timed = request.latency is not None
     if timed:
-        job = equalized(job)
+        job = equalized(floored(job))
     menu = analyse(job, Cache(job.settings.cache), latency=timed)
     budget = resolve(request, job.original.size_bytes, menu.base)
     return job, plan_within(job, menu, budget, Correction(), job.sizes())

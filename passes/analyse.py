@@ -141,14 +141,21 @@ def _find(job: Job, allowed: Allowed, channels: Channels, known: Findings, progr
 
 
 def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None, float]:
-    """What times forms, and seconds of one run of the model; nothing and 0 for a model that is too large to be held only for that."""
+    """What times forms, and seconds of one run of the model; nothing and 0 for a model that is too large to be held only for that.
+
+    Where floors make the model faster than the original, the seconds are the original's: budgets refer to those.
+    """
     if not latency and not job.small:
         return None, 0.0
     runtime = job.settings.runtime
     session = open_session(job.model.proto, weights=job.model.weights, threads=runtime.threads, providers=runtime.providers)
     bench = MicroBench(cache, runtime.providers, runtime.threads, budget_s=_TIMING_S)
     timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes)
-    return timer, timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
+    base_s = timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
+    if job.floors and not job.lineage:
+        original = open_session(job.original.proto, weights=job.original.weights, threads=runtime.threads, providers=runtime.providers)
+        base_s /= compare_models(original, session, job.data.first(1), pairs=25).ratio
+    return timer, base_s
 
 
 def measured_sites(job: Job, wanted: Sequence[Site] | None = None) -> Iterator[tuple[Site, Moment]]:

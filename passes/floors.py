@@ -19,7 +19,9 @@ REACH = 84.0
 
 
 def with_floors(model: Model, floors: Mapping[str, float]) -> Model:
-    """A copy of a model in which every Softmax reads these values clipped; the input model is not changed."""
+    """A copy of a model in which every Softmax of the main graph reads these values clipped; the model itself where there is none."""
+    if not floors:
+        return model
     proto = ModelProto()
     proto.CopyFrom(model.proto)
     bounds, index = _Bounds(proto), ValueIndex(proto)
@@ -51,7 +53,7 @@ def with_ceilings(model: Model, floors: Mapping[str, float]) -> Model:
     proto.CopyFrom(model.proto)
     bounds = _Bounds(proto)
     for node in proto.graph.node:
-        if node.op_type == "Clip" and node.domain in STANDARD and node.input[0] in floors and len(node.input) == 2:
+        if _is_floor(node, floors):
             node.input.append(bounds.add(f"{node.input[0]}_ceiling", floors[node.input[0]] + REACH))
     return Model(proto, model.weights, model.path, model.size_bytes, model.sha256)
 
@@ -59,6 +61,13 @@ def with_ceilings(model: Model, floors: Mapping[str, float]) -> Model:
 def is_softmax(node: NodeProto) -> bool:
     """Whether a node is a Softmax of the default domain."""
     return node.domain in STANDARD and node.op_type == "Softmax"
+
+
+def _is_floor(node: NodeProto, floors: Mapping[str, float]) -> bool:
+    """Whether a node is a Clip that `with_floors` put in."""
+    if node.domain not in STANDARD or node.op_type != "Clip" or len(node.input) != 2:
+        return False
+    return node.input[0] in floors and node.input[1].startswith(f"{node.input[0]}_floor")
 
 
 class _Bounds:

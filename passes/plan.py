@@ -383,6 +383,8 @@ def read_plan(path: Path) -> Plan:
         )
         if menu.unit not in UNITS:
             raise ValueError("unit")
+        if not all(map(math.isfinite, menu.floors.values())):
+            raise ValueError("floors")
         limits = document["budget"]
         budget = Budget(limits["size_bytes"], limits["latency_s"], limits["divergence"], limits["minimize"])
         forms = {

@@ -196,7 +196,7 @@ def packed_noise(packed: Sequence[Array], rng: np.random.Generator) -> tuple[NDA
     if not codes:
         return arrays
     step = 1 / (32 * max(codes[0].shape) ** 0.5)
-    return tuple(np.full_like(array, step) if array.dtype.kind == "f" else array for array in arrays)
+    return tuple(np.full_like(array, step) if array.dtype.kind in "fV" else array for array in arrays)
 
 
 def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:

@@ -4,11 +4,13 @@ A mask adds a huge negative number to scores. Softmax takes e to the power of wh
 e^-104, where kernels stop, float32 numbers are denormal, and processors take a hundred cycles for each. A Clip in front of the Softmax
 lifts such scores to where their exponential is an ordinary number, but still nothing beside 1.
 
-Before: Softmax(s). After: Softmax(Clip(s, floor)), with a floor so far below everything seen that no output changes in its last bit. A row
-whose entries all lie below the floor (nothing but masked) is uniform, as it is with a mask that swallows the scores.
+Before: Softmax(s). After: Softmax(Clip(s, floor)), with a floor so far below everything seen that no output changes in its last bit on
+such samples. A row whose entries all lie below the floor (nothing but masked) becomes uniform, as it is anyway where the mask is so low
+that it swallows the scores.
 
-Must not fire on: scores of which a row's maximum, on any sample, comes within `NEAR` of the floor, models before opset 11, values that are
-not float32, a Softmax over another than the last axis, and a Softmax that is not clearly faster for it, as measured.
+Must not fire on: scores of which a row's maximum, on any sample, comes within `NEAR` of the floor; scores above `REACH`, below which a
+floor would be positive; rows of nothing but minus infinity; models before opset 11; values that are not float32, or that a Softmax over
+another than the last axis reads; a Softmax, or a model, that is not faster for it, as measured.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from .execute import Executor
 from .floors import REACH, is_softmax, with_floors
 from .graph import ValueIndex
 from .job import Job
-from .latency import measure
+from .latency import compare_models, measure
 from .prepare import reopened
 from .regions import value_types
 from .rewrite import FUNCTION_IR
@@ -52,7 +54,8 @@ def floored(job: Job) -> Job:
         return job
     with job.clock.phase("canonicalize"):
         floors = find_floors(job)
-        return with_known_floors(job, floors) if floors else job
+        twin = with_known_floors(job, floors) if floors else job
+        return twin if floors and _faster(job, twin) else job
 
 
 def with_known_floors(job: Job, floors: Mapping[str, float]) -> Job:
@@ -71,8 +74,8 @@ def find_floors(job: Job) -> dict[str, float]:
     executor = Executor.of(job.model, values, job.calibration)
     seen = {name: _Scores() for name in values}
     padded = replace(job.data, trims=())  # as models are run and timed; elsewhere padding is left out
-    for arrays in executor.run(feed for feed, _ in padded.feeds(job.splits.fit[: job.data.enough(SAMPLES)])):
-        for name, scores in zip(values, arrays, strict=True):
+    for feed, _ in padded.feeds(job.splits.fit[: job.data.enough(SAMPLES)], 1):
+        for name, scores in zip(values, executor.run_feed(feed), strict=True):
             seen[name].look(scores)
     floors = {name: floor for name, scores in seen.items() if (floor := scores.floor()) is not None}
     return {name: floor for name, floor in floors.items() if _pays(job, seen[name].lowest, floor)}
@@ -97,7 +100,7 @@ class _Scores:
         if scores.size == 0:
             return
         maxima = scores.max(-1)
-        maxima = maxima[maxima > scores.min(-1)]  # rows of one value stay uniform
+        maxima = maxima[(maxima > scores.min(-1)) | np.isinf(maxima)]  # rows of one number stay uniform
         self.highest = max(self.highest, float(maxima.max(initial=-np.inf)))
         self.least_maximum = min(self.least_maximum, float(maxima.min(initial=np.inf)))
         if self.lowest is None or scores.min() < self.lowest.min():
@@ -105,7 +108,7 @@ class _Scores:
 
     def floor(self) -> float | None:
         """The floor; None where nothing lies below it or something comes near it."""
-        floor = float(np.floor(self.highest - REACH)) if np.isfinite(self.highest) else np.nan
+        floor = float(np.floor(self.highest - REACH)) if np.isfinite([self.highest, self.least_maximum]).all() else np.nan
         if self.lowest is None or not (floor <= 0 and self.lowest.min() < floor and self.least_maximum >= floor + NEAR):
             return None
         return floor
@@ -124,6 +127,16 @@ def _pays(job: Job, scores: NDArray[np.float32] | None, floor: float) -> bool:
     return after.median_s <= FASTER * before.median_s
 
 
+def _faster(job: Job, twin: Job) -> bool:
+    """Whether the whole model is faster: a Clip might keep ONNX Runtime from fusing what is around it."""
+    runtime = job.settings.runtime
+    sessions = [
+        open_session(each.model.proto, weights=each.model.weights, threads=runtime.threads, providers=runtime.providers)
+        for each in (job, twin)
+    ]
+    return compare_models(sessions[0], sessions[1], job.data.first(1)).ratio < 1
+
+
 def _micro(proto: ModelProto, rank: int, floor: float, clipped: bool) -> ModelProto:
     """A Softmax by itself, perhaps with a Clip in front."""
     nodes = [helper.make_node("Clip", ["x", "low"], ["c"])] if clipped else []
@@ -135,9 +148,9 @@ def _micro(proto: ModelProto, rank: int, floor: float, clipped: bool) -> ModelPr
 
 
 def _softmaxes(proto: ModelProto) -> list[NodeProto]:
-    """The Softmax nodes of the main graph over the last axis of a computed float32 value."""
+    """The Softmax nodes of the main graph over the last axis of a computed float32 value that is not read along another axis."""
     types, index = value_types(proto), ValueIndex(proto)
-    found = []
+    found, others = [], set[str]()
     for node in proto.graph.node:
         if not is_softmax(node) or index.producer(node.input[0]) is None or node.input[0] not in types:
             continue
@@ -145,4 +158,6 @@ def _softmaxes(proto: ModelProto) -> list[NodeProto]:
         axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), -1 if opset(proto) >= 13 else 1)
         if kind.elem_type == TensorProto.FLOAT and kind.HasField("shape") and axis in (-1, len(kind.shape.dim) - 1):
             found.append(node)
-    return found
+        else:
+            others.add(node.input[0])
+    return [node for node in found if node.input[0] not in others]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,6 +10,7 @@ import onnx
 import pytest
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.passes import analyse
 from intaglio.passes import scores as module
 from intaglio.passes.apply import apply_plan
 from intaglio.passes.budget import Request
@@ -56,6 +56,7 @@ def samples(count: int = 40, length: int = 6, masked: bool = True) -> Feed:
 def paying(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether floors pay is measured; here they do."""
     monkeypatch.setattr(module, "_pays", lambda *_: True)
+    monkeypatch.setattr(module, "_faster", lambda *_: True)
 
 
 def job_of(proto: onnx.ModelProto, feed: Feed | None = None) -> Job:
@@ -93,10 +94,36 @@ def test_exponentials_are_ordinary_numbers() -> None:
     assert below.min() < -module.NEAR
 
 
+def direct(softmax: str) -> onnx.ModelProto:
+    """Scores as they are fed, and a weight behind them."""
+    rest, outputs = ("", "float[N, 2, 8] y, float[N, 2, 4] z") if "z = " in softmax else ("y = MatMul (p, w)", "float[N, 2, 8] y")
+    return parse(f"g (float[N, 2, 4] x) => ({outputs}) {{ s = Neg (x) p = {softmax} {rest} }}", {"w": normal(1, 4, 8)})
+
+
+def direct_samples(first: float, second: float) -> Feed:
+    """Two rows with these maxima; the last entry of each is masked."""
+    scores = np.zeros((40, 2, 4), np.float32) + np.asarray([[first], [second]], np.float32)
+    scores[..., 1] -= 1
+    scores[..., 3] = LEAST
+    return {"x": -scores}
+
+
+def test_scores_that_are_fed_get_a_floor(paying: None) -> None:
+    """What the cases below differ from."""
+    assert find_floors(job_of(direct("Softmax <axis = -1> (s)"), direct_samples(5.0, 4.0))) == {"s": 5.0 - REACH}
+
+
+BOTH = "Softmax <axis = 0> (s) q = Softmax <axis = -1> (s) y = MatMul (q, w) z = Relu (p)"
+
 DECLINED = {
     "nothing masked": (attention(), samples(masked=False)),
     "a mask that is not that low": (attention(-30.0), samples()),
-    "rows far apart": (attention(scale=30.0), samples()),
+    "rows far apart": (direct("Softmax <axis = -1> (s)"), direct_samples(60.0, -10.0)),
+    "scores too high": (direct("Softmax <axis = -1> (s)"), direct_samples(90.0, 80.0)),
+    "another axis too": (
+        direct(BOTH),
+        direct_samples(5.0, 4.0),
+    ),
     "an old opset": (attention(opset=10, ir_version=5), samples()),
 }
 
@@ -106,6 +133,15 @@ DECLINED = {
 def test_what_it_must_not_fire_on(proto: onnx.ModelProto, feed: Feed) -> None:
     opened = job_of(proto, feed)
     assert floored(opened) is opened
+
+
+def test_rows_of_minus_infinity_have_no_floor() -> None:
+    scores = np.asarray([[5.0, 4.0, LEAST], [4.0, -np.inf, 3.0]], np.float32)
+    seen = module._Scores()
+    seen.look(scores)
+    assert seen.floor() == 5.0 - REACH
+    seen.look(np.full((1, 3), -np.inf, np.float32))
+    assert seen.floor() is None
 
 
 @pytest.mark.usefixtures("paying")
@@ -142,7 +178,7 @@ def test_floors_that_are_known_are_put_in_again() -> None:
     again = module.with_known_floors(job_of(attention()), first.floors)
     assert again.model.proto.SerializeToString() == first.model.proto.SerializeToString()
     assert again.value_shapes == first.value_shapes
-    assert replace(again, floors={}).floors != first.floors
+    assert again.floors == first.floors
 
 
 @pytest.mark.usefixtures("paying")
@@ -164,3 +200,14 @@ def test_models_of_noise_have_a_ceiling() -> None:
     assert len(clip.input) == 3
     (clip,) = (node for node in opened.model.proto.graph.node if node.op_type == "Clip")
     assert len(clip.input) == 2
+
+
+@pytest.mark.usefixtures("paying")
+def test_budgets_refer_to_the_original_not_to_what_floors_make_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(analyse, "compare_models", lambda *_, **__: SimpleNamespace(ratio=1e-3, reference_s=1.0, candidate_s=1.0))
+    opened = job_of(attention())
+    base_s = plan_job(opened, Request(size="0.9")).menu.base.latency_s
+    monkeypatch.setattr(module, "_faster", lambda *_: False)
+    plain = plan_job(opened, Request(size="0.9"))
+    assert plain.menu.floors == {}
+    assert base_s > 30 * plain.menu.base.latency_s
