@@ -100,7 +100,8 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         **{name: Cost(size) for name, size in sizes.shared.items()},
     }
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
-    return Menu(job.original.sha256, candidates, Cost(sizes.base_bytes, base_s, 0.0), shared, unit, job.equalized, job.lineage, job.floors)
+    base = Cost(sizes.base_bytes, base_s, 0.0)
+    return Menu(job.original.sha256, candidates, base, shared, unit, job.equalized, job.lineage, job.floors, job.settings.target)
 
 
 def _allowed(job: Job, latency: bool) -> Allowed:

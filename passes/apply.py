@@ -6,6 +6,8 @@ says whether the budget still holds.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from .build import build
 from .job import Job
 from .options import Progress, silent
@@ -30,6 +32,7 @@ def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
         VerificationError: the plan, as it was solved, does not keep its budget on held-out data.
     """
     check_model(job.original, plan)
+    job = replace(job, settings=replace(job.settings, target=plan.menu.target))
     if plan.menu.floors:
         job = with_known_floors(job, plan.menu.floors)
     if plan.menu.equalized:

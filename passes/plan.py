@@ -65,6 +65,7 @@ class Menu:
         unit: of divergence: "kl_nats" or "relative_mse".
         equalized: whether channels of the model were rescaled for integers before anything was priced.
         floors: by value, below which the model that was priced lifts the scores that a Softmax reads.
+        target: name of the target, which says whose operators the rewritten model may use.
         lineage: digest of the rounds that the priced weights come from, as in `Job`; empty for the model's own.
     """
 
@@ -76,6 +77,7 @@ class Menu:
     equalized: bool = False
     lineage: str = ""
     floors: Mapping[str, float] = field(default_factory=dict)
+    target: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -259,6 +261,7 @@ def to_json(plan: Plan) -> str:
             "equalized": plan.menu.equalized,
             "lineage": plan.menu.lineage,
             "floors": dict(plan.menu.floors),
+            "target": plan.menu.target,
             "joint": plan.joint,
             "budget": {
                 "size_bytes": plan.budget.size_bytes,
@@ -380,6 +383,7 @@ def read_plan(path: Path) -> Plan:
             bool(document["equalized"]),
             str(document.get("lineage", "")),
             {str(name): float(floor) for name, floor in document.get("floors", {}).items()},
+            str(document.get("target", "web")),  # a plan from before targets were noted: standard operators run anywhere
         )
         if menu.unit not in UNITS:
             raise ValueError("unit")

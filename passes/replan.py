@@ -63,12 +63,11 @@ def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -
     budget = resolve(request, original.size_bytes, plan.menu.base)
     model, _ = canonicalize(original)
     model = with_floors(model, plan.menu.floors)
-    domains = dict.fromkeys(target.domains for target in TARGETS.values())  # a plan does not say for which target it was made
-    pricers = [SizePricer(model, external=bool(original.weights.files), domains=each) for each in domains]
+    sizes = SizePricer(model, external=bool(original.weights.files), domains=TARGETS[plan.menu.target].domains)
     correction = replace(plan.correction, spare_bytes=0)
     for _ in range(ROUNDS):
         solved = choose_within(plan.menu, budget, correction)
-        excess = 0 if budget.size_bytes is None else max(each.total(solved.forms) for each in pricers) - int(budget.size_bytes)
+        excess = 0 if budget.size_bytes is None else sizes.total(solved.forms) - int(budget.size_bytes)
         if excess <= 0:
             return solved
         correction = replace(correction, spare_bytes=correction.spare_bytes + excess + 16)
@@ -76,7 +75,7 @@ def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -
 
 
 def check_model(model: Model, plan: Plan) -> None:
-    """Raise unless a plan was made for this model.
+    """Raise unless a plan was made for this model, and for a target that is known.
 
     Raises:
         InputError: it was not.
@@ -86,3 +85,5 @@ def check_model(model: Model, plan: Plan) -> None:
             f"plan: it was made for the model with SHA-256 {plan.menu.model_sha256[:12]}…, not for {model.path or 'this one'} "
             f"({model.sha256[:12]}…); solve again with `intaglio plan`"
         )
+    if plan.menu.target not in TARGETS:
+        raise InputError(f"plan: target {plan.menu.target!r} is unknown; expected one of {', '.join(TARGETS)}")

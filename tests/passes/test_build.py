@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -11,10 +13,15 @@ import pytest
 from onnx import numpy_helper
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.passes.apply import apply_plan
+from intaglio.passes.budget import Request
 from intaglio.passes.build import build, mock
+from intaglio.passes.errors import InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.model import Model
+from intaglio.passes.plan import read_plan, to_json
 from intaglio.passes.ranges import METHODS
+from intaglio.passes.replan import plan_job
 from intaglio.passes.rewrite import declines
 from intaglio.passes.save import save, serialized_size
 from tests.models import Array, normal, operators, optimized, parse, run
@@ -36,17 +43,17 @@ CONVOLUTIONS = """g (float[N, 4, 8, 8] x) => (float[N, 10] y) {
 }"""
 
 ATTENTION = """g (int64[N, S] i) => (float[N, S, 32] y) {
-    x = Gather (t, i)
-    q = MatMul (x, wq)
+    e = Gather (t, i)
+    q = MatMul (e, wq)
     qb = Add (q, bq)
-    k = MatMul (x, wk)
-    v = MatMul (x, wv)
+    k = MatMul (e, wk)
+    v = MatMul (e, wv)
     kt = Transpose <perm = [0, 2, 1]> (k)
     a = MatMul (qb, kt)
     sm = Softmax <axis = -1> (a)
     h = MatMul (sm, v)
     o = MatMul (h, wo)
-    r = Add (o, x)
+    r = Add (o, e)
     m = MatMul (r, w1)
     mb = Add (m, b1)
     g = Relu (mb)
@@ -136,6 +143,29 @@ def test_products_add_their_biases_where_the_target_has_the_kernel(target: str, 
     assert operators(optimized(model.proto))["MatMulIntegerToFloat"] == 3
     assert opened.sizes().total(forms) == serialized_size(model, opened.external)
     assert operators(mock(opened, forms).proto)["MatMulIntegerToFloat"] == 2 * len(domains)
+
+
+@pytest.mark.parametrize(("target", "domains"), [("cpu", {"com.microsoft"}), ("mobile", set()), ("web", set())])
+def test_a_plan_is_applied_for_the_target_it_was_made_for(target: str, domains: set[str], tmp_path: Path) -> None:
+    opened = open_job(*attention(), Settings(target=target))
+    plan = plan_job(opened, Request(size="0.9"))
+    edited = replace(plan, forms=forms_in(opened, "integer"), solution=None)
+    (tmp_path / "plan.json").write_text(to_json(edited), encoding="utf-8")
+    result = apply_plan(job("attention"), read_plan(tmp_path / "plan.json")).model.proto
+    assert {node.domain for node in result.graph.node} - {"", "intaglio"} == domains
+
+
+def test_a_plan_that_names_no_target_or_an_unknown_one(tmp_path: Path) -> None:
+    """Plans from before targets were noted use standard operators only."""
+    plan = plan_job(job("attention"), Request(size="0.9"))
+    document = json.loads(to_json(plan))
+    del document["target"]
+    (tmp_path / "plan.json").write_text(json.dumps(document), encoding="utf-8")
+    old = read_plan(tmp_path / "plan.json")
+    result = apply_plan(job("attention"), replace(old, forms=forms_in(job("attention"), "integer"), solution=None)).model.proto
+    assert {node.domain for node in result.graph.node} <= {"", "intaglio"}
+    with pytest.raises(InputError, match="plan: target 'toaster' is unknown; expected one of cpu, cuda, mobile, web"):
+        apply_plan(job("attention"), replace(plan, menu=replace(plan.menu, target="toaster")))
 
 
 TOLERANCES = {"integer": 0.03, "dynamic": 0.03, "nbits": 0.03, "rows": 1e-5}
