@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .graph import STANDARD, ValueIndex, all_names
+from .graph import STANDARD, ValueIndex, all_names, fresh_name
 from .model import Model
 from .rewrite import OPTIONAL_INPUT_IR
 
@@ -86,8 +86,4 @@ class _Bounds:
 
     def fresh(self, name: str) -> str:
         """The name, or one like it that is not taken."""
-        found, count = name, 1
-        while found in self._taken:
-            found, count = f"{name}_{count}", count + 1
-        self._taken.add(found)
-        return found
+        return fresh_name(name, self._taken)

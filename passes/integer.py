@@ -26,7 +26,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 from intaglio.ops.emit import Emitter, Program, Target
 
 from .canonicalize import remove_dead
-from .graph import STANDARD, ValueIndex, all_names
+from .graph import STANDARD, ValueIndex, all_names, fresh_name
 from .model import Model
 from .ranges import Range
 from .regions import (
@@ -257,11 +257,7 @@ class _Splice:
 
     def fresh(self, name: str) -> str:
         """The name, or one like it that is not taken."""
-        found, count = name, 1
-        while found in self.taken:
-            found, count = f"{name}_{count}", count + 1
-        self.taken.add(found)
-        return found
+        return fresh_name(name, self.taken)
 
     def parameters(self, value: str, span: Range) -> tuple[str, str]:
         """Add the scale and the zero point of a value as initializers, and return their names."""
