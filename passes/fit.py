@@ -6,12 +6,14 @@ what the stored ones really are, so it takes up their rounding errors. Integers 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild, refit_last
+from intaglio.ops.decompositions.lowrank import spectrum
 from intaglio.ops.decompositions.residual import Residual
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment, relative_error
@@ -113,6 +115,28 @@ def _store_factors(
         packs.append(encode(STORAGES[name], problem, roundings[last]))
         decoded.append(STORAGES[name].decode(packs[-1], spec))
     return tuple(packs), tuple(decoded)
+
+
+def uncorrected_share(
+    site: Site, ranks: Sequence[int], value: NDArray[np.generic], weight: NDArray[np.float64], moment: Moment, storage: str
+) -> list[float]:
+    """The share of the error of rounding that a correction of each rank leaves, from 0 to 1, from one spectrum of what a storage loses.
+
+    It is what `fit_corrected` attains at its first turn, with exact factors: a bound that other turns and starts only lower.
+
+    Args:
+        site: the site.
+        ranks: of corrections.
+        value: the anchor's array.
+        weight: the same as the first use sees it, (groups, m, n) float64.
+        moment: second moment of the site's input.
+        storage: in which the base is tried.
+    """
+    form = Form("dense", (), storage)
+    rounded = rebuilt(site, form, store(site, form, value, weight, moment, rounding=Rounding(thorough=False))[1])
+    energies = spectrum(weight - rounded, moment)
+    total = float(energies.sum())
+    return [float(energies[:, rank:].sum()) / total if total > 0 else 1.0 for rank in ranks]
 
 
 def _store_corrected(

@@ -2,8 +2,9 @@
 
 Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding errors are
 computed for some channels of the dense weight in each storage; those of factors are computed once per decomposition, in one storage at a
-middle rank, and follow the dense errors for other storages. What error-compensated rounding gains is measured once per site, on a few
-outputs: the share of the error that it takes away hardly depends on the number of bits.
+middle rank, those of a corrected weight in one storage at every rank, and follow the dense errors for other storages. What
+error-compensated rounding gains is measured once per site, on a few outputs: the share of the error that it takes away hardly depends on
+the number of bits.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ from numpy.typing import NDArray
 
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS, Decomposition
+from intaglio.ops.decompositions.base import Ranks
+from intaglio.ops.decompositions.residual import Residual
 from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
 from intaglio.ops.storage import STORAGES, is_scalar, readers
 
-from .fit import compensation_gain, fit_factors, form_error, importance
+from .fit import compensation_gain, fit_factors, form_error, importance, uncorrected_share
 from .rewrite import array_specs, declines
 from .sites import Site
 
@@ -110,22 +113,22 @@ def propose(
         for storage, error in rounding.items()
         if "dense" in allowed.decompositions and storage != "float"
     ]
-    priced: dict[str, _Prices] = {}
+    taking: dict[str, list[Decomposition]] = {}
     for (name, execution), decomposition in DECOMPOSITIONS.items():
         if name not in allowed.decompositions or execution not in allowed.executions:
             continue
         reason = decomposition.declines(site.use) or declines(site, Form(name, decomposition.full(site.use), "float", execution))
         if reason:
             reasons.append(f"{name}/{execution}: {reason}")
-            continue
-        if name not in priced:  # how the factors run changes neither what they leave out nor, to speak of, how they round
-            priced[name] = _prices(site, decomposition, weight, value, moment)
-        prices = priced[name]
-        factor = prices.rounding / rounding[_PROBE_STORAGE] if rounding.get(_PROBE_STORAGE) else 1.0
+        else:
+            taking.setdefault(name, []).append(decomposition)
+    for name, executions in taking.items():
+        prices = _prices(site, executions, weight, value, moment, rounding.get(_PROBE_STORAGE, 0.0))
         proposals += [
-            Proposal(Form(name, rank, storage, execution), error, factor * each * (1 - error))
-            for storage, each in rounding.items()
-            for rank, error in prices.truncation
+            Proposal(Form(name, ranks, storage, each.execution), prices[ranks].truncation, prices[ranks].rounded(error))
+            for each in executions
+            for storage, error in rounding.items()
+            for ranks in each.grid(site.use)
         ]
     proposals += [
         Proposal(Form(PRUNED, ranks, storage, "contract"), error, each * (1 - error))
@@ -145,11 +148,19 @@ def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str,
         form = replace(proposal.form, arithmetic=arithmetic)
         if form.arithmetic != "float" and form.storage in ("float", "fp16"):
             continue
+        if _folds(form):
+            continue
         if allowed.admits(form) and declines(site, form) is None:
             product = form.decomposition != "dense" and form.execution == "dense"
             eight_bits = arithmetic in ("integer", "dynamic")
             extra = max(again.values()) if eight_bits and product else again[form.storage] if eight_bits else 0.0
             yield replace(proposal, form=form, rounding=proposal.rounding + extra)
+
+
+def _folds(form: Form) -> bool:
+    """Whether what runs beside a base could be added to it when the model is loaded: that is as small, as exact and faster."""
+    beside = form.execution == "contract" and isinstance(DECOMPOSITIONS.get((form.decomposition, form.execution)), Residual)
+    return beside and (form.arithmetic == "float" or ARITHMETICS[form.arithmetic].product_reason is None)
 
 
 def _has_integers(site: Site, storage: str) -> bool:
@@ -199,23 +210,44 @@ def _rounding_errors(
 
 
 @dataclass(frozen=True)
-class _Prices:
-    """Errors of one decomposition of one site.
+class _Price:
+    """Errors of a decomposition at some ranks.
 
     Attributes:
-        truncation: (ranks, relative error) over the grid.
-        rounding: relative error that storing the factors of the middle rank in `_PROBE_STORAGE` adds.
+        truncation: relative error.
+        share: error of rounding the factors, over that of rounding the dense weight in the same storage.
     """
 
-    truncation: tuple[tuple[tuple[int, ...], float], ...]
-    rounding: float
+    truncation: float
+    share: float
+
+    def rounded(self, error: float) -> float:
+        """The relative error of rounding, from that of the dense weight."""
+        return self.share * error * (1 - self.truncation)
 
 
-def _prices(site: Site, decomposition: Decomposition, weight: NDArray[np.float64], value: NDArray[np.generic], moment: Moment) -> _Prices:
-    """Truncation at every rank of the grid, and rounding at the middle one."""
-    ranks = decomposition.grid(site.use)
+def _prices(
+    site: Site,
+    executions: Sequence[Decomposition],
+    weight: NDArray[np.float64],
+    value: NDArray[np.generic],
+    moment: Moment,
+    dense: float,
+) -> dict[Ranks, _Price]:
+    """Prices at every rank of the grids of one decomposition in several executions.
+
+    How the factors run changes neither what they leave out nor, to speak of, how they round. The latter is measured at the middle rank, but
+    for a corrected weight: what is left of its rounding depends on the rank first of all.
+    """
+    decomposition = executions[0]
+    ranks = list(dict.fromkeys(each for execution in executions for each in execution.grid(site.use)))
     if not ranks:
-        return _Prices((), 0.0)
+        return {}
+    if isinstance(decomposition, Residual):
+        if declines(site, Form("dense", (), _PROBE_STORAGE)) is not None:
+            return {each: _Price(0.0, 1.0) for each in ranks}
+        shares = uncorrected_share(site, [rank for (rank,) in ranks], value, weight, moment, _PROBE_STORAGE)
+        return {each: _Price(0.0, share) for each, share in zip(ranks, shares, strict=True)}
     errors = decomposition.errors(weight, moment, site.use, ranks)
     form = Form(decomposition.name, ranks[len(ranks) // 2], "float", decomposition.execution)
     stored = replace(form, storage=_PROBE_STORAGE)
@@ -225,4 +257,5 @@ def _prices(site: Site, decomposition: Decomposition, weight: NDArray[np.float64
         exact = form_error(site, form, value, weight, moment, factors, _BRIEF)
         total = form_error(site, stored, value, weight, moment, factors, _BRIEF)
         rounding = max(0.0, total - exact) / max(1e-12, 1 - exact)
-    return _Prices(tuple(zip(ranks, errors, strict=True)), rounding)
+    share = rounding / dense if dense else 1.0
+    return {each: _Price(error, share) for each, error in zip(ranks, errors, strict=True)}

@@ -129,6 +129,13 @@ def array_storages(form: Form, count: int) -> tuple[str, ...]:
     return DECOMPOSITIONS[form.decomposition, form.execution].storages(form.storage, count)
 
 
+def array_narrow(form: Form, count: int) -> tuple[bool, ...]:
+    """Which of a form's `count` arrays compute in its arithmetic; the others compute in floats."""
+    if form.decomposition in ("dense", PRUNED):
+        return (True,)
+    return DECOMPOSITIONS[form.decomposition, form.execution].narrow(count)
+
+
 def ghosts(site: Site, form: Form) -> Packed:
     """The packed arrays' specs: stands in for the arrays of `pack`."""
     specs = array_specs(site, form)
@@ -178,7 +185,8 @@ def _narrow_fragment(emitter: Emitter, arithmetic: Arithmetic, site: Site, form:
     whole = form.execution == "dense"
     kept = whole and arithmetic.coupled  # the operators stay as they are and find the operand under the weight's name
     output = site.anchor if kept else None
-    operands = [_product(emitter, arithmetic, site, form, packed, output)] if whole else _factors(emitter, arithmetic, site, form, packed)
+    factors = [_product(emitter, arithmetic, site, form, packed, output)] if whole else _factors(emitter, arithmetic, site, form, packed)
+    operands = [factor for factor in factors if isinstance(factor, Operand)]
     weights = tuple(emitter.nodes)
     if kept:
         outputs = tuple(site_use.use.node.output[0] for site_use in site.uses)
@@ -190,7 +198,8 @@ def _narrow_fragment(emitter: Emitter, arithmetic: Arithmetic, site: Site, form:
         if whole:
             emitter.copy(site_use.use.node, {site_use.use.index: operands[0].name})
         else:
-            DECOMPOSITIONS[form.decomposition, form.execution].emit(emitter, site_use.use, list(by_name), "")
+            names = [factor.name if isinstance(factor, Operand) else factor for factor in factors]
+            DECOMPOSITIONS[form.decomposition, form.execution].emit(emitter, site_use.use, names, "")
         floats, emitter.nodes = emitter.nodes, []
         for node in floats:
             index = next((i for i, name in enumerate(node.input) if name in by_name), None)
@@ -203,12 +212,16 @@ def _narrow_fragment(emitter: Emitter, arithmetic: Arithmetic, site: Site, form:
     return Fragment(weights, tuple(replacements), emitter.initializers, emitter.programs, coupled=tuple(coupled))
 
 
-def _factors(emitter: Emitter, arithmetic: Arithmetic, site: Site, form: Form, packed: Packed) -> list[Operand]:
-    """Every factor as an operand."""
-    storages = array_storages(form, len(packed))
+def _factors(emitter: Emitter, arithmetic: Arithmetic, site: Site, form: Form, packed: Packed) -> list[Operand | str]:
+    """Every factor as an operand, or as the name of its value where it computes in floats."""
+    storages, narrow = array_storages(form, len(packed)), array_narrow(form, len(packed))
     return [
         arithmetic.operand(emitter, str(number), STORAGES[storage], packs, spec, axis)
-        for number, (packs, (spec, axis), storage) in enumerate(zip(packed, array_specs(site, form), storages, strict=True))
+        if reads_operand
+        else STORAGES[storage].emit(emitter, str(number), packs, spec)
+        for number, (packs, (spec, axis), storage, reads_operand) in enumerate(
+            zip(packed, array_specs(site, form), storages, narrow, strict=True)
+        )
     ]
 
 
@@ -299,7 +312,8 @@ def _arithmetic_reason(site: Site, form: Form, arrays: Sequence[tuple[tuple[Spec
             return "the weight is turned round before it is used"
     if form.decomposition != "dense" and form.execution == "dense":
         return arithmetic.product_reason
-    accepted = (arithmetic.accepts(STORAGES[name], spec, axis) for (spec, axis), name in arrays)
+    narrow = array_narrow(form, len(arrays))
+    accepted = (arithmetic.accepts(STORAGES[name], spec, axis) for ((spec, axis), name), each in zip(arrays, narrow, strict=True) if each)
     return next((reason for reason in accepted if reason), None)
 
 

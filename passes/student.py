@@ -31,7 +31,7 @@ from .integer import fake_quantized, quantized_values
 from .job import Job
 from .latent import Latent, Levelled, Plain, Rounded, latent_of, scattered, within_cells
 from .model import Model
-from .rewrite import Fragment, array_specs, array_storages, fragment, spooled
+from .rewrite import Fragment, array_narrow, array_specs, array_storages, fragment, spooled
 from .sites import Site
 
 Float32 = NDArray[np.float32]
@@ -179,7 +179,7 @@ class _Opener:
     def add(self, site: Site, form: Form, fitted: Fitted) -> Fragment:
         """A form in floats; its arrays are entered as parameters where they can be tuned."""
         specs, packed = array_specs(site, form), fitted.packed[site.name]
-        storages = array_storages(form, len(specs))
+        storages, narrow = array_storages(form, len(specs)), array_narrow(form, len(specs))
         latents: list[Latent | str] = [
             latent_of(name, packs, spec, axis) if site.scope == MAIN else "a weight of a nested graph"
             for name, packs, (spec, axis) in zip(storages, packed, specs, strict=True)
@@ -197,7 +197,7 @@ class _Opener:
             if isinstance(latent, str):
                 names.append(None)
                 continue
-            axis = rounding_axis(form, storages[number], packed[number], *specs[number])
+            axis = rounding_axis(form, storages[number], packed[number], *specs[number]) if narrow[number] else None
             self.open(name, latent, axis, self._start(site, form, latent))
             names.append(name)
         self.arrays[site.name] = tuple(names)

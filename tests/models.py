@@ -264,7 +264,10 @@ def forms_of(site: Site) -> list[Form]:
 
 
 def narrow_forms(site: Site, storages: Sequence[str] = (*SOME_STORAGES, "int4-rows", "nbits4-b32")) -> list[Form]:
-    """Forms in which a site computes in something narrower than floats: the whole weight, and low rank both ways."""
+    """Forms in which a site computes in something narrower than floats: the whole weight, low rank both ways, and a base with a branch.
+
+    Of the last only those whose kernels read float activations: the branch reads them too.
+    """
     whole = [Form("dense", (), storage, "dense", arithmetic) for storage in storages for arithmetic in ARITHMETICS]
     low = [
         Form("lowrank", (4,), storage, execution, arithmetic)
@@ -272,7 +275,13 @@ def narrow_forms(site: Site, storages: Sequence[str] = (*SOME_STORAGES, "int4-ro
         for execution in ("dense", "contract")
         for arithmetic in ARITHMETICS
     ]
-    return [form for form in (*whole, *low) if declines(site, form) is None]
+    beside = [
+        Form("residual", (2,), storage, "contract", arithmetic)
+        for storage in storages
+        for arithmetic in ARITHMETICS
+        if not ARITHMETICS[arithmetic].coupled
+    ]
+    return [form for form in (*whole, *low, *beside) if declines(site, form) is None]
 
 
 def is_exact(site: Site, form: Form) -> bool:

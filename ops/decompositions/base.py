@@ -69,6 +69,10 @@ class Decomposition(Protocol):
         """Storage of each of `count` stored factors, for the storage that a form names; the same for all unless the factors differ."""
         ...
 
+    def narrow(self, count: int) -> tuple[bool, ...]:
+        """Which of `count` stored factors compute in the arithmetic that a form names; the others compute in floats."""
+        ...
+
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Stored factors that minimise ‖(W − Ŵ)A½‖² for weight (groups, m, n)."""
         ...
@@ -93,12 +97,16 @@ class Decomposition(Protocol):
         ...
 
 
-class UniformStorage:
-    """Every factor lies in the storage that the form names."""
+class UniformFactors:
+    """Every factor lies in the storage, and computes in the arithmetic, that the form names."""
 
     def storages(self, storage: str, count: int) -> tuple[str, ...]:
         """The same, `count` times."""
         return (storage,) * count
+
+    def narrow(self, count: int) -> tuple[bool, ...]:
+        """All of them."""
+        return (True,) * count
 
 
 def rebuild(decomposition: Decomposition, use: Use, ranks: Ranks, factors: Sequence[Float64]) -> Float64:

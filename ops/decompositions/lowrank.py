@@ -20,12 +20,12 @@ from ..emit import Emitter
 from ..families import FAMILIES, Use
 from ..moment import Moment
 from ..view import MatrixView
-from .base import RIDGE, Ranks, Shape, UniformStorage, rank_grid
+from .base import RIDGE, Ranks, Shape, UniformFactors, rank_grid
 from .linalg import Float64, balance, lower_root, solve_lower
 
 
 @dataclass(frozen=True)
-class LowRank(UniformStorage):
+class LowRank(UniformFactors):
     """Two factors, run one after the other ("contract") or multiplied out at load ("dense").
 
     Attributes:

@@ -1,8 +1,11 @@
-"""A whole weight in few bits beside a thin product in more: W ≈ B + L·R, multiplied out and added when the model is loaded.
+"""A whole weight in few bits beside a thin product in more: W ≈ B + L·R.
 
 L·R takes up what rounding B loses in the directions that matter to the input metric (LQER, arXiv 2402.02446; QERA, arXiv 2410.06040), or
 it takes the large directions of W first and leaves B less to hold (SVDQuant, arXiv 2411.05007). Both are points of one family, between
 which `ops.rounding.corrected` alternates (CALDERA, arXiv 2405.18886).
+
+"dense" multiplies L·R out and adds it to B when the model is loaded. "contract" adds L·(R·x) to B·x in every run (SVDQuant, figure 4), so
+that B can stay in the narrow kernel that the form's arithmetic has for it; R and L compute in floats.
 
 In the words of every decomposition the last factor is (I, L) and the prefix is B on top of R.
 """
@@ -10,10 +13,11 @@ In the words of every decomposition the last factor is (I, L) and the prefix is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import NodeProto
 
 from ..emit import Emitter
 from ..families import FAMILIES, Use
@@ -30,9 +34,16 @@ _WIDE = ("float", "fp16")
 """Storages with hardly any rounding error: nothing to correct, so L and R lie as the rest does."""
 
 _SHARE = 1 / 80
-"""Entries of the correction, as a share of the weight's: 0.1 bits per weight; more of them gain less than a finer base does."""
+"""Entries of a folded correction, as a share of the weight's: 0.1 bits per weight; more of them gain less than a finer base does."""
 
-_PRODUCT = LowRank("residual", "dense")
+_BRANCH_RANKS = (8, 16, 32)
+"""Ranks of a correction that runs: fewer components take as long."""
+
+_BRANCH_SHARE = 1 / 8
+"""Most entries of one, as a share of the weight's: one bit per weight. With that a base has finer steps."""
+
+_BESIDE = ("Conv", "Gemm", "MatMul")
+"""Operators of the default domain with whose output a branch can be summed: no activation follows inside them."""
 
 
 @dataclass(frozen=True)
@@ -51,25 +62,44 @@ class _BesideIdentity(MatrixView):
 
 @dataclass(frozen=True)
 class Residual:
-    """Three arrays: the base B, shaped like the weight, then R and L as `LowRank` stores them."""
+    """Three arrays: the base B, shaped like the weight, then R and L as `LowRank` stores them.
 
+    Attributes:
+        execution: "dense" or "contract".
+        name: "residual".
+    """
+
+    execution: str
     name: str = "residual"
-    execution: str = "dense"
+
+    @property
+    def _product(self) -> LowRank:
+        """L·R as a decomposition of its own."""
+        return LowRank(self.name, self.execution)
 
     def declines(self, use: Use) -> str | None:
-        """Vectors have no rank."""
+        """Vectors have no rank; a branch runs beside plain operators, where two layers could stand for one."""
         rank = min(use.view.m, use.view.n)
-        return f"its rank is at most {rank}" if rank < 2 else None
+        if rank < 2:
+            return f"its rank is at most {rank}"
+        if self.execution == "dense":
+            return None
+        domain, op_type = use.key
+        if domain or op_type not in _BESIDE:
+            return f"no branch runs beside {op_type}: only beside {', '.join(_BESIDE)}"
+        return FAMILIES[use.key].contract_reason(use)
 
     def grid(self, use: Use) -> list[Ranks]:
-        """One rank, so that the price of rounding, which is measured at one rank, holds; bits are traded by the base's storage."""
+        """One rank where it is folded, as bits are traded by the base's storage; a few that hardware likes where it runs."""
         m, n = use.view.m, use.view.n
-        rank = int(_SHARE * m * n / (m + n))  # multiplied out at load, so hardware has no say in it
+        if self.execution == "contract":
+            return [(rank,) for rank in _BRANCH_RANKS if rank * (m + n) <= _BRANCH_SHARE * m * n]
+        rank = int(_SHARE * m * n / (m + n))
         return [(rank,)] if rank else []
 
     def full(self, use: Use) -> Ranks:
         """min(m, n); any rank is exact where nothing is rounded."""
-        return _PRODUCT.full(use)
+        return self._product.full(use)
 
     def errors(self, weight: Float64, moment: Moment, use: Use, ranks: Sequence[Ranks]) -> list[float]:
         """Zeros: nothing is left out, all error is rounding."""
@@ -77,15 +107,19 @@ class Residual:
 
     def shapes(self, use: Use, ranks: Ranks) -> tuple[Shape, ...]:
         """Of B, R and L."""
-        return (use.view.shape, *_PRODUCT.shapes(use, ranks))
+        return (use.view.shape, *self._product.shapes(use, ranks))
 
     def axes(self, use: Use) -> tuple[int, ...]:
         """Of B as of the whole weight; one scale per component of R and per output of L."""
-        return (FAMILIES[use.key].channel_axis(use), *_PRODUCT.axes(use))
+        return (FAMILIES[use.key].channel_axis(use), *self._product.axes(use))
 
     def storages(self, storage: str, count: int) -> tuple[str, ...]:
         """The form's for B, `CORRECTION_STORAGE` for R and L."""
         return (storage,) + (storage if storage in _WIDE else CORRECTION_STORAGE,) * (count - 1)
+
+    def narrow(self, count: int) -> tuple[bool, ...]:
+        """B; what it cannot hold is lost if L and R are rounded with their inputs."""
+        return (True,) + (False,) * (count - 1)
 
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """The large directions of W in L·R, the rest in B: exact."""
@@ -95,12 +129,12 @@ class Residual:
 
     def product_views(self, use: Use, ranks: Ranks) -> tuple[MatrixView, MatrixView]:
         """How R (groups, r, n) and L (groups, m, r) are stored."""
-        return _PRODUCT.views(use, ranks[0])
+        return self._product.views(use, ranks[0])
 
     def prefix(self, use: Use, factors: Sequence[Float64]) -> Float64:
         """B on top of R, (groups, m + r, n)."""
         base, first = factors
-        return np.concatenate([use.view.matrix(base), _PRODUCT.prefix(use, [first])], axis=1)
+        return np.concatenate([use.view.matrix(base), self._product.prefix(use, [first])], axis=1)
 
     def last_view(self, use: Use, ranks: Ranks) -> MatrixView:
         """(I, L)."""
@@ -113,10 +147,36 @@ class Residual:
         return np.asarray(use.view.matrix(factors[0]) + last @ first)
 
     def emit(self, emitter: Emitter, use: Use, factors: Sequence[str], output: str) -> None:
-        """The product of R and L over initializers, and an Add."""
+        """Over initializers the product of R and L, and an Add; or the layer with B, two thin layers beside it, and their sum."""
+        if self.execution == "contract":
+            _emit_branch(emitter, use, *factors)
+            return
         product = emitter.name("correction")
-        _PRODUCT.emit(emitter, use, factors[1:], product)
+        self._product.emit(emitter, use, factors[1:], product)
         emitter.node("Add", [factors[0], product], output)
 
 
-RESIDUAL = Residual()
+def _emit_branch(emitter: Emitter, use: Use, base: str, first: str, last: str) -> None:
+    """The node keeps its bias and reads the base; what sums has its name and output: the last thin Gemm itself, else an Add."""
+    whole = emitter.name("base")
+    emitter.copy(use.node, {use.index: base})
+    emitter.nodes[-1].name = ""
+    emitter.nodes[-1].output[0] = whole
+    thin = NodeProto()
+    thin.CopyFrom(use.node)
+    del thin.input[2:]
+    if use.node.op_type == "Gemm":
+        thin.input.append(whole)
+        kept = [attribute for attribute in thin.attribute if attribute.name != "beta"]  # the sum itself has factor 1
+        del thin.attribute[:]
+        thin.attribute.extend(kept)
+        FAMILIES[use.key].emit_split(emitter, replace(use, node=thin), first, last)
+        return
+    thin.name, thin.output[0] = "", emitter.name("branch")
+    FAMILIES[use.key].emit_split(emitter, replace(use, node=thin), first, last)
+    emitter.node("Add", [whole, thin.output[0]], use.node.output[0])
+    emitter.nodes[-1].name = use.node.name
+
+
+RESIDUAL = Residual("dense")
+RESIDUAL_BESIDE = Residual("contract")

@@ -17,12 +17,12 @@ from ..families import Use
 from ..moment import Moment
 from ..view import MatrixView
 from .als import SWEEPS, metric_of, orthonormal, regress, start, update_factor
-from .base import RIDGE, Ranks, Shape, UniformStorage, rank_grid
+from .base import RIDGE, Ranks, Shape, UniformFactors, rank_grid
 from .linalg import Float64, balance
 
 
 @dataclass(frozen=True)
-class Separable(UniformStorage):
+class Separable(UniformFactors):
     """Two Convs with one-dimensional kernels."""
 
     name: str = "separable"

@@ -18,12 +18,12 @@ from ..families.conv import CONV, GEOMETRY
 from ..moment import Moment
 from ..view import MatrixView
 from .als import SWEEPS, Regression, compose, metric_of, orthonormal, regress, start, update_factor
-from .base import RIDGE, Ranks, Shape, UniformStorage, rank_grid
+from .base import RIDGE, Ranks, Shape, UniformFactors, rank_grid
 from .linalg import Float64, balance
 
 
 @dataclass(frozen=True)
-class Tucker2(UniformStorage):
+class Tucker2(UniformFactors):
     """Three Convs: 1×1, k×k, 1×1."""
 
     name: str = "tucker2"

@@ -7,14 +7,14 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from intaglio.ops.form import UNCHANGED
+from intaglio.ops.form import UNCHANGED, Form
 from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.storage import STORAGES
 from intaglio.ops.storage.codebook import Codebook
 from intaglio.ops.storage.vector import Vectors
 from intaglio.passes.fit import pack
 from intaglio.passes.load import load
-from intaglio.passes.propose import WORST_ERROR, Allowed, propose
+from intaglio.passes.propose import WORST_ERROR, Allowed, expands, propose
 from intaglio.passes.rewrite import declines
 from intaglio.passes.sites import find_sites
 from tests.models import CASES, moments, normal, parse, site_of
@@ -122,3 +122,44 @@ def test_a_weight_of_zeros_is_offered_exact_forms() -> None:
     model, site = site_of(parse("g (float[N, 32] x) => (float[N, 32] y) { y = MatMul (x, w) }", {"w": np.zeros((32, 32), np.float32)}))
     proposals, _ = propose(site, site.value(model), Moment.isotropic(1, 32), Allowed())
     assert all(p.truncation + p.rounding == 0 for p in proposals)
+
+
+def test_a_branch_races_where_it_cannot_be_folded_into_its_base() -> None:
+    """MatMulNBits takes no product of factors; floats and bytes do."""
+    model, site = site_of(parse("g (float[N, 128] x) => (float[N, 256] y) { y = MatMul (x, w) }", {"w": smooth(128, 256)}))
+    proposals, _ = propose(site, site.value(model), Moment.isotropic(1, 128), Allowed())
+    beside = [p.form for p in proposals if p.form.decomposition == "residual" and p.form.execution == "contract"]
+    assert {(form.ranks, form.arithmetic) for form in beside} == {((8,), "nbits")}
+    assert {form.storage for form in beside} == {p.form.storage for p in proposals if p.form.arithmetic == "nbits"}
+    assert {p.form.arithmetic for p in proposals if p.form.decomposition == "residual"} >= {"float", "dynamic", "integer"}
+    assert all(declines(site, Form("residual", (8,), "int4", "contract", name)) is None for name in ("float", "dynamic", "integer"))
+
+
+def test_a_branch_leaves_its_base_packed() -> None:
+    """So it takes part where nothing may expand."""
+    model, site = site_of(parse("g (float[N, 128] x) => (float[N, 256] y) { y = MatMul (x, w) }", {"w": smooth(128, 256)}))
+    proposals, _ = propose(site, site.value(model), Moment.isotropic(1, 128), Allowed(expand=False))
+    assert Form("residual", (8,), "nbits4-b32", "contract", "nbits") in [p.form for p in proposals]
+    assert not expands(Form("residual", (8,), "nbits4-b32", "contract", "nbits"))
+    assert expands(Form("residual", (8,), "int4", "dense"))
+    assert expands(Form("residual", (8,), "int4", "contract"))
+
+
+@pytest.mark.parametrize("spikes", [0, 3])
+def test_what_a_correction_leaves_of_rounding_is_known_at_every_rank(spikes: int) -> None:
+    """Within a tenth where a weight has no large directions. A base that is spared some has finer steps: then the price is a bound."""
+    left, right = (np.random.default_rng(seed).standard_normal(shape) for seed, shape in ((1, (256, 3)), (2, (3, 384))))
+    weight = (normal(3, 256, 384) + spikes * left @ right).astype(np.float32)
+    model, site = site_of(parse("g (float[N, 256] x) => (float[N, 384] y) { y = MatMul (x, w) }", {"w": weight}))
+    root = np.random.default_rng(0).standard_normal((1, 256, 512)) * np.geomspace(1, 0.05, 256)[:, None]
+    moment = Moment(root @ root.transpose(0, 2, 1) / 512, 512)
+    proposals, _ = propose(site, site.value(model), moment, Allowed(storages=("int4", "nbits4-b32", "nbits4-b128")))
+    prices = {p.form: p.truncation + p.rounding for p in proposals}
+    alone = prices[Form("dense", (), "nbits4-b32", "dense", "nbits")]
+    before = alone
+    for form in [Form("residual", (rank,), "nbits4-b32", "contract", "nbits") for rank in (8, 16)]:
+        measured = relative_error(site.matrix(site.value(model)), pack(site, form, site.value(model), moment)[1], moment)
+        assert prices[form] < before
+        before = prices[form]
+        assert measured <= 1.1 * prices[form]
+        assert spikes or measured >= 0.8 * prices[form]

@@ -387,3 +387,35 @@ def test_random_convolutions(proto: onnx.ModelProto, data: st.DataObject) -> Non
     forms = forms_of(site_of(proto)[1])
     for form in data.draw(st.lists(st.sampled_from(forms), min_size=1, max_size=4, unique=True)):
         check(proto, "w", form, {"x": normal(9, 2, 16, 8, 9)})
+
+
+BESIDE = {
+    "matmul": "g (float[N, S, 64] x) => (float[N, S, 96] y) { h = MatMul (x, w) y = Add (h, b) }",
+    "gemm": "g (float[N, 64] x) => (float[N, 96] y) { y = Gemm <transB = 1> (x, w, b) }",
+    "conv": "g (float[N, 8, 6, 6] x) => (float[N, 16, 6, 6] y) { y = Conv <pads = [1, 1, 1, 1]> (x, w, b) }",
+}
+RUN: dict[tuple[str, str], dict[str, int]] = {
+    ("matmul", "nbits"): {"MatMulNBits": 1, "MatMul": 2, "Add": 2},
+    ("matmul", "dynamic"): {"DynamicQuantizeMatMul": 1, "MatMul": 2, "Add": 2},
+    ("matmul", "integer"): {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "DequantizeLinear": 1, "MatMul": 2, "Add": 2},
+    ("gemm", "nbits"): {"MatMulNBits": 1, "Add": 1, "MatMul": 1, "Gemm": 1},
+    ("gemm", "dynamic"): {"DynamicQuantizeMatMul": 1, "MatMul": 1, "Gemm": 1},
+    ("gemm", "integer"): {"QuantizeLinear": 1, "QGemm": 1, "MatMul": 1, "Gemm": 1},
+    ("conv", "integer"): {"QuantizeLinear": 1, "QLinearConv": 1, "DequantizeLinear": 1, "Conv": 2, "Add": 1},
+}
+"""Operators of the optimized graph by model and arithmetic of the base."""
+
+
+@pytest.mark.parametrize(("name", "arithmetic"), RUN)
+def test_a_branch_runs_in_floats_beside_the_narrow_kernel_of_its_base(name: str, arithmetic: str, tmp_path: Path) -> None:
+    """Nothing decodes in a run. The result is that of the base alone plus the branch: what the arithmetic rounds, it rounds as without."""
+    weight = normal(1, *{"matmul": (64, 96), "gemm": (96, 64), "conv": (16, 8, 3, 3)}[name])
+    proto = parse(BESIDE[name], {"w": weight, "b": normal(2, weight.shape[1] if name == "matmul" else weight.shape[0])})
+    feed = {"x": normal(3, *{"matmul": (2, 5, 64), "gemm": (5, 64), "conv": (2, 8, 6, 6)}[name])}
+    form = Form("residual", (8,), "nbits4-b32" if arithmetic == "nbits" else "int4", "contract", arithmetic)
+    model, site = site_of(proto)
+    arrays, _ = pack(site, form, site.value(model), Moment.isotropic(site.use.view.groups, site.use.view.n))
+    part = fragment(site, form, arrays, model.proto, frozenset(all_names(model.proto)))
+    built = assemble(model, {"w": part}, [site], [], lambda _, __, values: dict.fromkeys(values, Range.spanning(-60.0, 60.0)))
+    assert optimized_ops(built.proto, tmp_path / "optimized.onnx") == RUN[name, arithmetic]
+    onnx.checker.check_model(built.proto, full_check=True)

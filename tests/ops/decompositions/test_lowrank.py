@@ -252,7 +252,7 @@ def test_weights_that_are_declined(decomposition: LowRank, use: Use, reason: str
 
 def test_the_registry_lists_each_under_its_name_and_execution() -> None:
     assert all(key == (d.name, d.execution) for key, d in DECOMPOSITIONS.items())
-    assert len(DECOMPOSITIONS) == 7
+    assert len(DECOMPOSITIONS) == 8
 
 
 def test_factors_of_a_wide_metric_are_finite_in_float32() -> None:
