@@ -158,24 +158,31 @@ class Residual:
 
 def _emit_branch(emitter: Emitter, use: Use, base: str, first: str, last: str) -> None:
     """The node keeps its bias and reads the base; what sums has its name and output: the last thin Gemm itself, else an Add."""
-    whole = emitter.name("base")
-    emitter.copy(use.node, {use.index: base})
-    emitter.nodes[-1].name = ""
-    emitter.nodes[-1].output[0] = whole
-    thin = NodeProto()
-    thin.CopyFrom(use.node)
-    del thin.input[2:]
+    family, whole = FAMILIES[use.key], emitter.name("base")
+    emitter.copy(_yielding(use.node, whole), {use.index: base})
     if use.node.op_type == "Gemm":
-        thin.input.append(whole)
+        thin = NodeProto()
+        thin.CopyFrom(use.node)
+        thin.input[2:] = [whole]
         kept = [attribute for attribute in thin.attribute if attribute.name != "beta"]  # the sum itself has factor 1
         del thin.attribute[:]
         thin.attribute.extend(kept)
-        FAMILIES[use.key].emit_split(emitter, replace(use, node=thin), first, last)
+        family.emit_split(emitter, replace(use, node=thin), first, last)
         return
-    thin.name, thin.output[0] = "", emitter.name("branch")
-    FAMILIES[use.key].emit_split(emitter, replace(use, node=thin), first, last)
-    emitter.node("Add", [whole, thin.output[0]], use.node.output[0])
-    emitter.nodes[-1].name = use.node.name
+    branch = emitter.name("branch")
+    thin = _yielding(use.node, branch)
+    del thin.input[2:]
+    family.emit_split(emitter, replace(use, node=thin), first, last)
+    emitter.node("Add", [whole, branch], use.node.output[0])
+    emitter.nodes[-1].name, emitter.nodes[-1].doc_string = use.node.name, use.node.doc_string
+
+
+def _yielding(node: NodeProto, output: str) -> NodeProto:
+    """A copy of a node that yields another value, under no name."""
+    copy = NodeProto()
+    copy.CopyFrom(node)
+    copy.name, copy.doc_string, copy.output[0] = "", "", output
+    return copy
 
 
 RESIDUAL = Residual("dense")

@@ -17,9 +17,12 @@ from onnx import helper, numpy_helper
 
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment
+from intaglio.passes.assemble import assemble
 from intaglio.passes.fit import pack
+from intaglio.passes.graph import all_names
 from intaglio.passes.load import load
-from intaglio.passes.rewrite import array_specs, declines, ghosts
+from intaglio.passes.ranges import Range
+from intaglio.passes.rewrite import array_specs, declines, fragment, ghosts
 from intaglio.passes.sites import find_sites
 from tests.models import CASES, Array, assert_close, compress, forms_of, is_exact, moments, normal, parse, run, site_of, with_weight
 from tests.passes.test_sites import CHAINS, HEAD, LOOP, SCAN, nested
@@ -138,9 +141,9 @@ def test_everything_else_survives() -> None:
         assert result.graph.name == proto.graph.name
         assert list(result.opset_import)[:2] == list(proto.opset_import)
         kept = [node for node in result.graph.node if node.name]
-        assert [(n.name, n.op_type, n.output[0], n.doc_string) for n in kept] == [
-            (n.name, n.op_type, n.output[0], n.doc_string) for n in proto.graph.node
-        ]
+        sums = form.decomposition == "residual" and form.execution == "contract"
+        assert [n.op_type for n in kept] == ["Relu", "Add" if sums else "MatMul", "Add"]
+        assert [(n.name, n.output[0], n.doc_string) for n in kept] == [(n.name, n.output[0], n.doc_string) for n in proto.graph.node]
         assert [t.name for t in result.graph.initializer][:1] == ["b"] or form == Form("dense")
 
 
@@ -397,25 +400,33 @@ BESIDE = {
 RUN: dict[tuple[str, str], dict[str, int]] = {
     ("matmul", "nbits"): {"MatMulNBits": 1, "MatMul": 2, "Add": 2},
     ("matmul", "dynamic"): {"DynamicQuantizeMatMul": 1, "MatMul": 2, "Add": 2},
-    ("matmul", "integer"): {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "DequantizeLinear": 1, "MatMul": 2, "Add": 2},
-    ("gemm", "nbits"): {"MatMulNBits": 1, "Add": 1, "MatMul": 1, "Gemm": 1},
-    ("gemm", "dynamic"): {"DynamicQuantizeMatMul": 1, "MatMul": 1, "Gemm": 1},
-    ("gemm", "integer"): {"QuantizeLinear": 1, "QGemm": 1, "MatMul": 1, "Gemm": 1},
+    ("matmul", "integer"): {"QuantizeLinear": 1, "MatMulIntegerToFloat": 1, "MatMul": 2, "Add": 2},
+    ("gemm", "nbits"): {"MatMulNBits": 1, "Gemm": 2},
+    ("gemm", "dynamic"): {"DynamicQuantizeMatMul": 1, "Gemm": 2},
+    ("gemm", "integer"): {"QuantizeLinear": 1, "QGemm": 1, "Gemm": 2},
     ("conv", "integer"): {"QuantizeLinear": 1, "QLinearConv": 1, "DequantizeLinear": 1, "Conv": 2, "Add": 1},
 }
-"""Operators of the optimized graph by model and arithmetic of the base."""
+"""Operators of the optimized graph by model and arithmetic of the base; what changes layouts is left out."""
+
+EIGHT_BITS = 0.03
+"""Activations and outputs of about one, rounded to steps of 10/255: root mean squares of a hundredth each."""
 
 
 @pytest.mark.parametrize(("name", "arithmetic"), RUN)
 def test_a_branch_runs_in_floats_beside_the_narrow_kernel_of_its_base(name: str, arithmetic: str, tmp_path: Path) -> None:
-    """Nothing decodes in a run. The result is that of the base alone plus the branch: what the arithmetic rounds, it rounds as without."""
+    """Nothing decodes in a run, and what runs is the predicted weight, optimized or not."""
     weight = normal(1, *{"matmul": (64, 96), "gemm": (96, 64), "conv": (16, 8, 3, 3)}[name])
-    proto = parse(BESIDE[name], {"w": weight, "b": normal(2, weight.shape[1] if name == "matmul" else weight.shape[0])})
+    proto = parse(BESIDE[name], {"w": weight, "b": normal(2, weight.shape[name == "matmul"])})
     feed = {"x": normal(3, *{"matmul": (2, 5, 64), "gemm": (5, 64), "conv": (2, 8, 6, 6)}[name])}
     form = Form("residual", (8,), "nbits4-b32" if arithmetic == "nbits" else "int4", "contract", arithmetic)
     model, site = site_of(proto)
-    arrays, _ = pack(site, form, site.value(model), Moment.isotropic(site.use.view.groups, site.use.view.n))
+    arrays, fitted = pack(site, form, site.value(model), Moment.isotropic(site.use.view.groups, site.use.view.n))
     part = fragment(site, form, arrays, model.proto, frozenset(all_names(model.proto)))
-    built = assemble(model, {"w": part}, [site], [], lambda _, __, values: dict.fromkeys(values, Range.spanning(-60.0, 60.0)))
-    assert optimized_ops(built.proto, tmp_path / "optimized.onnx") == RUN[name, arithmetic]
+    built = assemble(model, {"w": part}, [site], [], lambda _, __, values: dict.fromkeys(values, Range.spanning(-5.0, 5.0)))
     onnx.checker.check_model(built.proto, full_check=True)
+    found = optimized_ops(built.proto, tmp_path / "optimized.onnx")
+    assert {op_type: count for op_type, count in found.items() if op_type not in ("ReorderOutput", "Transpose")} == RUN[name, arithmetic]
+    (expected,) = run(with_weight(proto, "w", site.stored(fitted)), feed)
+    for optimize in (False, True):
+        (actual,) = run(built.proto, feed, optimize=optimize)
+        assert np.linalg.norm(actual - expected) <= EIGHT_BITS * np.linalg.norm(expected)
