@@ -81,7 +81,7 @@ class Allowed:
 
 
 def expands(form: Form) -> bool:
-    """Whether a form's weight takes more memory once the model is loaded than in the file."""
+    """Whether a form's weight takes more memory once the model is loaded than in the file; thin factors beside a base do not count."""
     packed = form.decomposition == "dense" or form.execution == "contract"
     native = readers(STORAGES[form.storage]) is not None or (form.arithmetic == "rows" and form.decomposition == "dense")
     whole_bytes = form.storage == "int8" and form.arithmetic in ("integer", "dynamic")
