@@ -6,22 +6,27 @@ the original's.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from onnx import ModelProto
 
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.families import FAMILIES
+from intaglio.ops.form import Form
+from intaglio.ops.storage import STORAGES
 from intaglio.solver import Cost
 
 from .coupling import Unit
-from .graph import MAIN, nested_graphs, output_names, reads
+from .graph import MAIN, all_names, nested_graphs, output_names, reads
 from .integer import fake_quantized
 from .job import Job
+from .partners import Group, partners_of
 from .ranges import calibrated
 from .recall import Finding, Findings
 from .regions import KEEPING, Carrier
+from .rewrite import array_specs, fragment, rewrite
 from .sites import Site
 from .units import units_around
 
@@ -38,7 +43,8 @@ class Activations:
         carriers: those without weights.
         divergence: of the outputs when one value is rounded to eight bits, by value.
         outside: values that something else reads too, as floats.
-        inputs: the value that a site's operator reads, by site name, where it may be quantized while the model runs.
+        inputs: by site name, the value that its operator reads, where that may be quantized while the model runs; the name of the
+            site's group where the operator quantizes more than that.
     """
 
     units: Mapping[str, Unit] = field(default_factory=dict)
@@ -75,15 +81,20 @@ def measure_activations(
         for site in job.sites
         if "dynamic" in narrow[site.name] and len(site.uses) == 1 and site.uses[0].scope == MAIN
     }
+    partners = partners_of(job)
+    groups = dict.fromkeys(group for name, group in partners.groups.items() if group.arithmetic in narrow[name])
+    inputs |= {site.name: group.name for group in groups for site in group.sites}
     carriers = tuple(filter(worthwhile, job.carriers)) if sites else ()
     units = units_around(job.model, sites, carriers)
-    values = list(dict.fromkeys([*(name for unit in units.values() for name in (*unit.inputs, *unit.outputs)), *inputs.values()]))
+    joint = {group.name: group for group in groups}
+    read = (value for value in inputs.values() if value not in joint)
+    values = list(dict.fromkeys([*(name for unit in units.values() for name in (*unit.inputs, *unit.outputs)), *read]))
     divergence = known.activations()
-    if divergence is None or not all(value in divergence for value in values):
-        divergence = _divergence(job, values)
+    if divergence is None or not all(value in divergence for value in (*values, *joint)):
+        divergence = _divergence(job, values) | {name: _inside(job, group) for name, group in joint.items()}
         known.put_activations(divergence)
     divergence |= {carrier.output: 0.0 for carrier in carriers if carrier.node.op_type in KEEPING}  # rounded where it was written
-    broken = {value for value in values if value not in divergence}
+    broken = {value for value in (*values, *joint) if value not in divergence or not math.isfinite(divergence[value])}
     usable = {name: unit for name, unit in units.items() if broken.isdisjoint((*unit.inputs, *unit.outputs))}
     used = tuple(carrier for carrier in carriers if carrier.name in usable)
     inputs = {name: value for name, value in inputs.items() if value not in broken}
@@ -95,6 +106,22 @@ def _divergence(job: Job, values: Sequence[str]) -> dict[str, float]:
     ranges = calibrated(job.model, values, job.data, job.splits.fit[: job.data.enough(RANGE_SAMPLES)], job.calibration, "mse")
     probe = job.probe()
     return {value: max(0.0, probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges}
+
+
+def _inside(job: Job, group: Group) -> float:
+    """Divergence of the outputs when one operator rounds what it reads and what it keeps from step to step: computing with integers against
+    computing in floats with the same weights, which are rounded to bytes."""
+    probe, taken = job.probe(), frozenset(all_names(job.model.proto))
+
+    def measured(form: Form) -> float:
+        parts = {}
+        for site in group.sites:
+            ((_, axis),) = array_specs(site, form)
+            packed = (STORAGES[form.storage].encode(site.value(job.model), axis),)
+            parts[site.name] = fragment(site, form, packed, job.model.proto, taken)
+        return probe.divergence(rewrite(job.model, parts, group.sites).proto)
+
+    return max(0.0, measured(group.form) - measured(replace(group.form, arithmetic="float")))
 
 
 def _outside(proto: ModelProto, units: Mapping[str, Unit], sites: Sequence[Site], carriers: Sequence[Carrier]) -> frozenset[str]:

@@ -26,6 +26,7 @@ from .job import Job
 from .latency import MicroBench, compare_models
 from .options import Progress, silent
 from .parallel import in_parallel, workers
+from .partners import Group, Partners, partners_of
 from .plan import Candidate, Menu
 from .price import SizePricer
 from .propose import Allowed, Proposal, propose
@@ -71,8 +72,9 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
     sizes = job.sizes()
     allowed = _allowed(job, latency)
     channels = channels_of(job) if PRUNED in allowed.decompositions else Channels()
+    partners = partners_of(job)
     known = Findings(job, allowed, cache)
-    findings: Mapping[str, Finding] = _find(job, allowed, channels, known, progress)
+    findings: Mapping[str, Finding] = _find(job, allowed, channels, partners, known, progress)
     linear: Linear = {}
     if joint is not None:
         findings, linear = joint(findings)
@@ -86,16 +88,19 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
         if timer is not None and narrow:
             _calibrate_integers(job, rows, activations, timer)
         coupling = _coupling(activations, sizes, timer)
-        candidates = {
-            site.name: _agreeing(site, channels, _offered(site, rows[site.name], activations, coupling, timer, latency))
-            for site in progress(job.sites.sites, "Timing", len(job.sites))
-        }
+        groups = dict.fromkeys(partners.groups.values()) if narrow else ()
+        overlaps = {group: sizes.overlap_bytes({site.name: group.form for site in group.sites}) for group in groups}
+        candidates = {}
+        for site in progress(job.sites.sites, "Timing", len(job.sites)):
+            offered = _offered(site, rows[site.name], activations, coupling, partners, timer, latency)
+            candidates[site.name] = _agreeing(site, channels, partners, overlaps, offered)
         for carrier in activations.carriers:
             if timer is not None:
                 candidates[carrier.name] = _carrier_candidates(carrier.name, timer.carry(carrier), coupling)
     shared = {
         **coupling.resources,
         **channels.resources(),
+        **partners.resources(),
         **activations.dynamic_costs(),
         **{name: Cost(size) for name, size in sizes.shared.items()},
     }
@@ -112,7 +117,7 @@ def _allowed(job: Job, latency: bool) -> Allowed:
     return replace(allowed, decompositions=(*allowed.decompositions, PRUNED))
 
 
-def _find(job: Job, allowed: Allowed, channels: Channels, known: Findings, progress: Progress) -> dict[str, Finding]:
+def _find(job: Job, allowed: Allowed, channels: Channels, partners: Partners, known: Findings, progress: Progress) -> dict[str, Finding]:
     """The finding of every site: as known, or made and noted at once, so that an interrupted analysis goes on where it stopped."""
     found = {site.name: finding for site in job.sites if (finding := known.get(site.name)) is not None}
     wanted = [site for site in job.sites if site.name not in found]
@@ -128,7 +133,7 @@ def _find(job: Job, allowed: Allowed, channels: Channels, known: Findings, progr
             value = site.value(job.model)
             pruned = pruned_forms(channels, site, value, moment, orders)
             moment = metrics.weigh(site.name, moment)
-            return site, moment, propose(site, value, moment, allowed, pruned)[0]
+            return site, moment, propose(site, value, moment, partners.admitted(site.name, allowed), pruned)[0]
 
     looked = in_parallel(look, measured_sites(job, wanted), workers(wanted))
     for site, moment, proposals in progress(looked, "Analysing", len(wanted)):
@@ -151,7 +156,7 @@ def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None,
     runtime = job.settings.runtime
     session = open_session(job.model.proto, weights=job.model.weights, threads=runtime.threads, providers=runtime.providers)
     bench = MicroBench(cache, runtime.providers, runtime.threads, budget_s=_TIMING_S)
-    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes)
+    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job))
     base_s = timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
     if job.floors and not job.lineage:
         original = open_session(job.original.proto, weights=job.original.weights, threads=runtime.threads, providers=runtime.providers)
@@ -296,10 +301,14 @@ def _offered(
     rows: Sequence[Candidate],
     activations: Activations,
     coupling: Coupling,
+    partners: Partners,
     timer: LatencyPricer | None,
     latency: bool,
 ) -> tuple[Candidate, ...]:
-    """The candidates of a site: with the latencies of those that may matter, and coupled to their neighbours."""
+    """The candidates of a site: with the latencies of those that may matter, and coupled to their neighbours.
+
+    Where weights of one operator change together, its latency counts for the first of them.
+    """
     dense = [row for row in rows if not changes_latency(row.form)]
     kept = []
     for row in rows:
@@ -311,14 +320,16 @@ def _offered(
         if not changes_latency(form):
             kept.append(row)
             continue
-        if timer is None or not timer.measurable(site):
+        group = partners.group(site.name, form)
+        first = site if group is None else group.sites[0]
+        if timer is None or not timer.measurable(first) or (group is not None and site.name not in activations.inputs):
             continue
         if form.arithmetic != "float" and (not latency or (ARITHMETICS[form.arithmetic].coupled and site.name not in activations.units)):
             continue
         beaten = any(other.size_bytes <= row.size_bytes and _harm(other) <= _harm(row) for other in dense)
         if not latency and beaten:
             continue
-        change_s = timer.change(site, form)
+        change_s = timer.change(site, form) if first is site else 0.0
         if latency or change_s <= SLOWER * timer.reference(site):
             kept.append(replace(row, latency_s=change_s))
     return tuple(kept)
@@ -329,13 +340,25 @@ def _harm(candidate: Candidate) -> float:
     return candidate.divergence + candidate.linear
 
 
-def _agreeing(site: Site, channels: Channels, rows: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """The candidates of a site, coupled to those of the layers that share channels with it."""
+def _agreeing(
+    site: Site, channels: Channels, partners: Partners, overlaps: Mapping[Group, int], rows: Sequence[Candidate]
+) -> tuple[Candidate, ...]:
+    """The candidates of a site, coupled to those of the layers that share channels with it, and of the weights beside it.
+
+    Args:
+        site: the site.
+        channels: of the model.
+        partners: of the model.
+        overlaps: bytes that the prices of a group's sites count twice; they are taken off the first one's.
+        rows: its candidates.
+    """
     coupled = []
     for row in rows:
-        terms = channels.terms(site, row.form)
-        size = row.size_bytes - terms.saved_bytes
-        coupled.append(replace(row, size_bytes=size, provides=(*row.provides, *terms.provides), requires=terms.requires))
+        shared, beside = channels.terms(site, row.form), partners.terms(site.name, row.form)
+        group = partners.group(site.name, row.form)
+        saved = shared.saved_bytes + (overlaps[group] if group is not None and group.sites[0] is site else 0)
+        provides, requires = (*row.provides, *shared.provides, *beside.provides), (*shared.requires, *beside.requires)
+        coupled.append(replace(row, size_bytes=row.size_bytes - saved, provides=provides, requires=requires))
     return tuple(coupled)
 
 

@@ -31,6 +31,7 @@ from .match import FOLDS, levels, matchable, matched, mean_shift, pooled
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
+from .partners import partners_of
 from .price import packed_noise
 from .ranges import METHODS, Range, collect
 from .refit import channel_orders, channels_of, cut_weight, fit_pruned, kept_channels, match_pruned, original_moments
@@ -125,7 +126,8 @@ def check(job: Job, forms: Mapping[str, Form]) -> None:
     """Raise unless every form fits what it names.
 
     Raises:
-        InputError: a form names an unknown site, or one that cannot take it, or layers disagree about their channels.
+        InputError: a form names an unknown site, or one that cannot take it, or layers disagree about their channels, or weights of one
+            operator about its arithmetic.
     """
     sites = {site.name: site for site in job.sites}
     carriers = {carrier.name for carrier in job.carriers}
@@ -137,6 +139,7 @@ def check(job: Job, forms: Mapping[str, Form]) -> None:
         reason = None if form == UNCHANGED else declines(sites[name], form)
         if reason:
             raise InputError(f"plan: site {name!r} cannot take {form}: {reason}; choose another form")
+    partners_of(job).check(forms)
     _placeholders(job, forms)
 
 
@@ -181,6 +184,7 @@ class _Fitting:
         self._current = job.model
         self._original, self._prefix = (Frontier(job.model, job.data, job.splits.fit, job.calibration) for _ in range(2))
         self._pending = {site.name: site for site in self.chosen}
+        self._partners = partners_of(job)
 
     @property
     def result(self) -> Fitted:
@@ -224,8 +228,11 @@ class _Fitting:
             self._packed |= {site.name: arrays} if self.keep else {}
 
     def _rewrite(self) -> None:
-        if self._fragments:
-            self._current = joined(self.job.model, self._fragments, self.chosen, self._cuts, {})
+        """Put in what is fitted so far, but for weights that wait for a partner."""
+        ready = self._partners.fitted(self.forms, self._fragments)
+        if ready:
+            fragments = {name: part for name, part in self._fragments.items() if name in ready}
+            self._current = joined(self.job.model, fragments, self.chosen, self._cuts, {})
 
     def _pairs(self, stage: Sequence[Site]) -> dict[str, tuple[Pair, ...]]:
         """How the inputs of those sites of a stage that what is fitted so far has changed go with the original's."""

@@ -124,6 +124,16 @@ class SizePricer:
         cuts = self._groups().cuts(plan) if any(form.decomposition == PRUNED for form in plan.values()) else ()
         return self._size(assemble(self._model, parts, list(self._sites.values()), carried, nominal_ranges, cuts, domains=self._extra))
 
+    def overlap_bytes(self, forms: Mapping[str, Form]) -> int:
+        """Bytes that the prices of several sites count more than once where their fragments share a node.
+
+        Args:
+            forms: by site name.
+        """
+        prices = [self.price(self._sites[name], form) for name, form in forms.items()]
+        fixed = sum(self.shared[name] for name in dict.fromkeys(name for price in prices for name in price.shared))
+        return self.base_bytes + sum(price.size_bytes for price in prices) + fixed - self.total(forms)
+
     def _groups(self) -> Channels:
         """The model's channel groups, found where a plan prunes some."""
         if self._channels is None:

@@ -44,7 +44,8 @@ class Findings:
         self._key = digest(
             [REVISION, __version__, RUNTIME_VERSION, machine()],
             [job.original.sha256, job.data.digest, [site.name for site in job.sites], [kind.value for kind in job.kinds]],
-            [job.settings.seed, job.settings.samples, astuple(allowed), astuple(job.calibration), job.equalized, job.settings.curvature],
+            [job.settings.seed, job.settings.samples, job.settings.target],
+            [astuple(allowed), astuple(job.calibration), job.equalized, job.settings.curvature],
             [job.lineage, *sorted(job.floors.items())] if job.floors else job.lineage,
         )
 

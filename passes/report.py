@@ -38,6 +38,7 @@ from .facts import (
 from .job import Job
 from .latency import MicroBench
 from .load import load
+from .partners import partners_of
 from .pipeline import Outcome
 from .plan import Candidate, Plan
 from .price import SizePricer
@@ -141,7 +142,7 @@ def latency_pricer(job: Job) -> LatencyPricer:
     """Measures single sites as the job's settings say."""
     settings = job.settings
     bench = MicroBench(Cache(settings.cache), settings.runtime.providers, settings.runtime.threads, budget_s=0.04)
-    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes)
+    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job))
 
 
 def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from intaglio.ops.arithmetic import ARITHMETICS, Arithmetic, Operand, merge_quantizers
+from intaglio.ops.arithmetic import ARITHMETICS, Arithmetic, Operand, join, merge_quantizers
 from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
 from intaglio.ops.families import FAMILIES, Use
@@ -333,7 +333,6 @@ def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Sit
     """
     proto = ModelProto()
     proto.CopyFrom(model.proto)
-    copies = dict(zip(_node_ids(model.proto), _nodes(proto), strict=True))
     bodies = {scope.path: scope.body for scope in scopes(proto)}
     programs: dict[str, Program] = {}
     for site in sites:
@@ -346,7 +345,7 @@ def rewrite(model: Model, fragments: Mapping[str, Fragment], sites: Sequence[Sit
         programs |= part.programs
         if part.replacements:
             for site_use, nodes in zip(site.uses, part.replacements, strict=True):
-                _replace(body, copies[id(site_use.use.node)], nodes)
+                _replace(body, site_use.use.node, nodes)
             first = min(_position(body, nodes[0]) for nodes in part.replacements if nodes)
         else:
             _drop_anchor(body, site)
@@ -385,20 +384,15 @@ def ghost_tensor(name: str, spec: Spec) -> TensorProto:
     return TensorProto(name=name, dims=spec.shape, data_type=onnx_type(spec.dtype), data_location=TensorProto.EXTERNAL)
 
 
-def _nodes(proto: ModelProto) -> list[NodeProto]:
-    return [node for scope in scopes(proto) for node in scope.body.node]
-
-
-def _node_ids(proto: ModelProto) -> list[int]:
-    return [id(node) for node in _nodes(proto)]
-
-
 def _position(body: GraphProto, wanted: NodeProto) -> int:
     return next(i for i, node in enumerate(body.node) if node.output == wanted.output)
 
 
 def _replace(body: GraphProto, node: NodeProto, nodes: Sequence[NodeProto]) -> None:
+    """Put nodes in the place of a node of the model, or of what the fragment of another of its weights has made of it."""
     position = _position(body, node)
+    if body.node[position] != node:
+        nodes = [*nodes[:-1], join(node, body.node[position], nodes[-1])]
     del body.node[position]
     _insert(body, position, nodes)
 

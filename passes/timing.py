@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from intaglio.ops.arithmetic import ARITHMETICS
+from intaglio.ops.arithmetic import ARITHMETICS, join
 from intaglio.ops.emit import Spec
 from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
@@ -24,10 +24,11 @@ from intaglio.ops.storage import STORAGES, readers
 
 from .assemble import nominal_ranges
 from .calibrate import Shapes
-from .graph import MAIN
+from .graph import MAIN, fresh_name
 from .integer import place, quantized_values
 from .latency import MicroBench, measure, structure
 from .model import Model
+from .partners import Partners
 from .price import noise
 from .regions import CHANNELS_LAST, HELD, Carrier
 from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
@@ -39,12 +40,26 @@ class LatencyPricer:
     """Measured latency of forms, one micro-model per distinct configuration."""
 
     def __init__(
-        self, model: Model, shapes: Mapping[str, Shapes], bench: MicroBench, values: Mapping[str, tuple[int, ...]] | None = None
+        self,
+        model: Model,
+        shapes: Mapping[str, Shapes],
+        bench: MicroBench,
+        values: Mapping[str, tuple[int, ...]] | None = None,
+        partners: Partners | None = None,
     ) -> None:
-        """Measure operators of `model` at the shapes that `observe` saw; `values` holds those of activations around carriers."""
+        """Measure operators of a model.
+
+        Args:
+            model: the model.
+            shapes: that `observe` saw around its sites.
+            bench: measures.
+            values: shapes of activations around carriers.
+            partners: the weights that change with a site where it computes in their arithmetic.
+        """
         self._proto = model.proto
         self._shapes = shapes
         self._values = values or {}
+        self._partners = partners or Partners()
         self._bench = bench
         self._small = {
             t.name: t for t in model.proto.graph.initializer if t.data_location != TensorProto.EXTERNAL and t.ByteSize() < 1 << 20
@@ -82,7 +97,7 @@ class LatencyPricer:
         distinct: dict[str, tuple[str, Callable[[], object]]] = {}
         keys = {}
         for site in measurable:
-            shapes = {"x": self._shapes[site.name].input}
+            shapes = {_source(site): self._shapes[site.name].input}
             keys[site.name] = key = structure(micros[site.name], shapes)
             if key not in distinct:
                 distinct[key] = (site.name, self._bench.runner(micros[site.name], shapes, index_limit=site.use.view.n))
@@ -115,7 +130,7 @@ class LatencyPricer:
         if not self.measurable(site):
             return 0.0
         if site.name not in self._reference:
-            shapes = {"x": self._shapes[site.name].input}
+            shapes = {_source(site): self._shapes[site.name].input}
             self._reference[site.name] = self._bench.seconds(self._micro(site, None), shapes, index_limit=site.use.view.n)
         return self._reference[site.name]
 
@@ -138,7 +153,7 @@ class LatencyPricer:
         key = (run, use.key, use.index, use.view, attributes, present, site.uses[0].dtype, shapes)
         if key not in self._pairs:
             models = self._micro(site, None), self._micro(site, run)
-            inputs = {"x": shapes.input, _FEWER: _fewer_channels(site, run, shapes.input)}
+            inputs = {_source(site): shapes.input} | {_source(site, run): _fewer_channels(site, run, shapes.input)}
             self._pairs[key] = self._bench.pair(*models, inputs, index_limit=use.view.n)
         return self._pairs[key]
 
@@ -202,16 +217,18 @@ class LatencyPricer:
         return self._assemble([carrier.node], sources, constants, carrier.node.output[0])
 
     def _micro(self, site: Site, form: Form | None) -> ModelProto:
-        """The site's operator, or what a form makes of it, as a model with one input: x, or `_FEWER` where it lost channels."""
+        """The site's operator, or what a form makes of it, as a model with one input, `_source`."""
         use, rng = site.use, np.random.default_rng(0)
+        group = None if form is None else self._partners.group(site.name, form)
+        members = (site,) if group is None else (site, *(other for other in group.sites if other.name != site.name))
         node = NodeProto()
         node.CopyFrom(use.node)
         value, _ = FAMILIES[use.key].activation(use)
-        weight = use.node.input[use.index]
+        weights = [member.use.node.input[member.use.index] for member in members]
         constants: dict[str, NDArray[Any]] = {}
         others: dict[str, Spec] = {}
         for index, name in enumerate(node.input):
-            if name in ("", value, weight):
+            if name in ("", value, *weights):
                 continue
             if name in self._small:
                 constants[name] = numpy_helper.to_array(self._small[name])
@@ -222,26 +239,30 @@ class LatencyPricer:
         while node.input and not node.input[-1]:
             del node.input[-1]
         output = next(name for name in node.output if name)
-        twin = Use(node, use.index, use.view)
+        source = _source(site, form)
+        coupled: tuple[str, ...] = ()
         if form is None:
             nodes = [node]
-            arrays = {weight: Spec(use.view.shape, site.uses[0].dtype)}
+            arrays = {weights[0]: Spec(use.view.shape, site.uses[0].dtype)}
         else:
-            alone = _single(site, twin)
-            node = as_dense(alone, form)[0].use.node
+            taken = frozenset((*node.input, *node.output, source))
+            alone = [_single(member, Use(node, member.use.index, member.use.view)) for member in members]
+            forms = (form, *(group.form for _ in members[1:] if group is not None))
+            parts = [fragment(each, its, ghosts(each, its), self._inlining(), taken) for each, its in zip(alone, forms, strict=True)]
+            node = as_dense(alone[0], form)[0].use.node
             constants = {name: _cut_bias(site, form, array) for name, array in constants.items()}
-            part = fragment(alone, form, ghosts(alone, form), self._inlining(), frozenset())
-            nodes = [*part.weights, *(n for nodes in part.replacements or [(node,)] for n in nodes)]
-            arrays = {name: array for name, array in part.initializers.items() if isinstance(array, Spec)}
-            constants |= {name: array for name, array in part.initializers.items() if not isinstance(array, Spec)}
+            nodes = [*(each for part in parts for each in part.weights), *_joined(node, [part.replacements for part in parts])]
+            initializers = {name: array for part in parts for name, array in part.initializers.items()}
+            arrays = {name: array for name, array in initializers.items() if isinstance(array, Spec)}
+            constants |= {name: array for name, array in initializers.items() if not isinstance(array, Spec)}
+            coupled = parts[0].coupled
         constants |= {name: noise(spec, rng) for name, spec in (others | arrays).items()}
         dtype = np.dtype(np.int64) if site.op_type == "Gather" else site.uses[0].dtype
-        source = _FEWER if form is not None and form.decomposition == PRUNED else "x"
         nodes = [_renamed(each, value, source) for each in nodes]
         shape = self._shapes[site.name].input
-        sources = {source: Spec(shape if source == "x" or form is None else _fewer_channels(site, form, shape), dtype)}
+        sources = {source: Spec(shape if form is None else _fewer_channels(site, form, shape), dtype)}
         micro = self._assemble(nodes, sources, constants, output)
-        return micro if form is None or not _coupled(form) else _between_quantizers(_in_integers(micro, part.coupled))
+        return micro if form is None or not _coupled(form) else _between_quantizers(_in_integers(micro, coupled))
 
     def _inlining(self) -> ModelProto:
         """A model like the job's, but too old for functions: programs are written out, so that a micro-model needs none."""
@@ -283,8 +304,22 @@ class LatencyPricer:
         return model
 
 
-_FEWER = "x-pruned"
-"""Input of a micro-model whose operator reads fewer channels."""
+def _source(site: Site, form: Form | None = None) -> str:
+    """The input of a micro-model: the activation that the operator reads, or one of another name where it lost channels."""
+    value, _ = FAMILIES[site.use.key].activation(site.use)
+    if form is None or form.decomposition != PRUNED:
+        return value
+    return fresh_name(f"{value}-pruned", {*site.use.node.input, *site.use.node.output})
+
+
+def _joined(node: NodeProto, replacements: Sequence[Sequence[Sequence[NodeProto]]]) -> list[NodeProto]:
+    """What the fragments of one operator's weights make of it together: the replacements of each, none where the operator stays."""
+    nodes = [node]
+    for own in replacements:
+        for made in own:
+            last = made[-1] if nodes[-1] is node else join(node, nodes[-1], made[-1])
+            nodes = [*nodes[:-1], *made[:-1], last]
+    return nodes
 
 
 def _fewer_channels(site: Site, form: Form, shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -43,9 +43,12 @@ class Arithmetic(Protocol):
         """The name in plans and reports."""
         ...
 
-    @property
-    def domains(self) -> tuple[str, ...]:
-        """Domains of the operators that it emits, besides the default one: a target may lack them."""
+    def domains(self, use: Use) -> tuple[str, ...]:
+        """Domains of the operators that it emits for an operator, besides the default one: a target may lack them."""
+        ...
+
+    def partners(self, use: Use) -> tuple[int, ...]:
+        """Inputs of the operator, besides this one, whose weights have to compute in this arithmetic too."""
         ...
 
     @property

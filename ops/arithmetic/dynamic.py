@@ -1,7 +1,7 @@
 """Dynamic integers: activations are rounded to eight bits when they arrive, with a scale of their own in every run.
 
 Standard operators: DynamicQuantizeLinear, MatMulInteger, Cast, Mul. The scales are multiplied with each other first, because that is what
-ONNX Runtime merges into one MatMulIntegerToFloat or DynamicQuantizeMatMul.
+ONNX Runtime merges into one MatMulIntegerToFloat or DynamicQuantizeMatMul. An LSTM has an operator of its own (`lstm`).
 """
 
 from __future__ import annotations
@@ -15,53 +15,68 @@ from ..emit import Array, Emitter, Spec
 from ..families import Use
 from ..storage import IntegerWeight, Storage, requantize
 from .base import Operand
+from .lstm import DOMAIN, WEIGHTS, lower_lstm, lstm_operand, lstm_reason
 from .weight import SINGLE, add_bias, gemm_reason, integer_weight, operator_reason
 
 QUANTIZER_OPSET = 11
 """The opset that brings DynamicQuantizeLinear, and `Round` for weights without codes."""
 
 _QUANTIZER = "DynamicQuantizeLinear"
+_LSTM = ("", "LSTM")
+_FLOAT_ONLY = (("", "GRU"), ("", "RNN"))
 
 
 @dataclass(frozen=True)
 class Dynamic:
-    """int8 weights and uint8 activations of one scale per tensor and run, accumulated in int32."""
+    """int8 weights and uint8 activations of one scale per tensor and run (an LSTM's state: per step), accumulated in int32."""
 
     name: str = "dynamic"
-    domains: tuple[str, ...] = ()
     coupled: bool = False
     product_reason: str | None = None
 
+    def domains(self, use: Use) -> tuple[str, ...]:
+        """Standard operators, but for an LSTM."""
+        return (DOMAIN,) if use.key == _LSTM else ()
+
+    def partners(self, use: Use) -> tuple[int, ...]:
+        """The other weight of an LSTM."""
+        return tuple(index for index in WEIGHTS if index != use.index) if use.key == _LSTM else ()
+
     def declines(self, use: Use, opset: int) -> str | None:
-        """Plain Gemm and MatMul with the weight on the right, from opset 11 on."""
+        """Plain Gemm and MatMul with the weight on the right, and LSTM, from opset 11 on."""
         if opset < QUANTIZER_OPSET:
             return f"{_QUANTIZER} needs opset {QUANTIZER_OPSET}, the model has {opset}"
-        if use.node.op_type in ("LSTM", "GRU", "RNN"):
-            return "a recurrent layer reads two weights, each of which gets its own form"
+        if use.key == _LSTM:
+            return lstm_reason(use)
+        if use.key in _FLOAT_ONLY:
+            return f"ONNX Runtime has no {use.node.op_type} in integers"
         return operator_reason(use, ("Gemm", "MatMul")) or gemm_reason(use.node)
 
     def accepts(self, storage: Storage, spec: Spec, axis: int) -> str | None:
-        """float32 matrices in any storage."""
+        """float32 weights in any storage."""
         if spec.dtype != SINGLE:
             return f"a weight of {spec.dtype}: {_QUANTIZER} takes float32"
-        return None if len(spec.shape) == 2 else f"a weight of shape {list(spec.shape)}: only matrices"
+        return None if len(spec.shape) in (2, 3) else f"a weight of shape {list(spec.shape)}: only matrices, or one for each direction"
 
     def operand(
         self, emitter: Emitter, suffix: str, storage: Storage, packed: tuple[Array, ...], spec: Spec, axis: int, output: str | None = None
     ) -> Operand:
         """The storage's own codes where it has some, else rounded ones."""
-        return _inputs_first(emitter, integer_weight(emitter, suffix, storage, packed, spec, axis), spec, output)
+        return _operand(emitter, integer_weight(emitter, suffix, storage, packed, spec, axis), spec, output)
 
     def from_value(self, emitter: Emitter, value: str, spec: Spec, axis: int, output: str | None = None) -> Operand | None:
         """Rounded codes."""
-        return _inputs_first(emitter, requantize(emitter, value, spec, axis), spec, output)
+        return _operand(emitter, requantize(emitter, value, spec, axis), spec, output)
 
     def lower(self, emitter: Emitter, node: NodeProto, index: int, operand: Operand) -> None:
-        """x ≈ (x_q − x_zero)·x_s, so x·W ≈ ((x_q − x_zero)·W_q)·(x_s·w_s) [+ C].
+        """x ≈ (x_q − x_zero)·x_s, so x·W ≈ ((x_q − x_zero)·W_q)·(x_s·w_s) [+ C]; an LSTM reads codes and scales itself.
 
         Raises:
-            ValueError: the weight is not the right factor of a MatMul or a Gemm.
+            ValueError: the weight is neither the right factor of a MatMul or a Gemm nor an LSTM's.
         """
+        if node.op_type == "LSTM" and index in WEIGHTS:
+            lower_lstm(emitter, node, index, operand)
+            return
         if node.op_type not in ("Gemm", "MatMul") or index != 1:
             raise ValueError(f"{node.op_type} with its weight as input {index} has no dynamic integers")
         codes, scale = operand.values
@@ -73,8 +88,10 @@ class Dynamic:
         add_bias(emitter, node, product)
 
 
-def _inputs_first(emitter: Emitter, weight: IntegerWeight, spec: Spec, output: str | None) -> Operand:
+def _operand(emitter: Emitter, weight: IntegerWeight, spec: Spec, output: str | None) -> Operand:
     """Codes with one column for each output, as MatMulInteger reads them; no float operator finds the operand's name."""
+    if len(spec.shape) == 3:
+        return lstm_operand(emitter, weight, spec, output)
     columns = weight.codes if weight.axis == 1 else emitter.node("Transpose", [weight.codes], attributes={"perm": [1, 0]})
     return Operand(output or emitter.name("operand"), (columns, weight.scale), spec, weight.axis)
 

@@ -10,23 +10,14 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from ..emit import Array, Emitter, Program, Spec
+from ..emit import Array, Emitter, Spec
 from ..families import Use
 from ..storage import IntegerWeight, Storage, requantize
 from .base import Operand
-from .weight import SINGLE, gemm_reason, integer_weight, operator_reason
+from .weight import SINGLE, gemm_reason, integer_weight, operator_reason, zero_points
 
 CHANNEL_OPSET = 13
 """The opset from which DequantizeLinear takes one scale per channel."""
-
-_ZERO_POINTS = Program(
-    "ZeroPoints",
-    """(s) => (z) {
-        d = Sub (s, s)
-        z = Cast <to = 3> (d)
-    }""",
-)
-"""int8 zeros, one for each scale: without explicit zero points ONNX Runtime merges a Conv but no Gemm and no MatMul."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +25,16 @@ class Integer:
     """int8 weights and 8-bit activations of fixed scale, accumulated in int32."""
 
     name: str = "integer"
-    domains: tuple[str, ...] = ()
     coupled: bool = True
     product_reason: str | None = None
+
+    def domains(self, use: Use) -> tuple[str, ...]:
+        """Standard operators."""
+        return ()
+
+    def partners(self, use: Use) -> tuple[int, ...]:
+        """None: an operator has one weight."""
+        return ()
 
     def declines(self, use: Use, opset: int) -> str | None:
         """Conv, and plain Gemm and MatMul with the weight on the right, from opset 13 on."""
@@ -67,7 +65,7 @@ class Integer:
 
 def _dequantized(emitter: Emitter, weight: IntegerWeight, spec: Spec, output: str | None) -> Operand:
     """codes · scale by DequantizeLinear."""
-    zero = emitter.call(_ZERO_POINTS, [weight.scale], emitter.name("z"), {})
+    zero = zero_points(emitter, weight.scale)  # without explicit ones ONNX Runtime merges a Conv but no Gemm and no MatMul
     values = (weight.codes, weight.scale, zero)
     output = output or emitter.name("dequantized")
     return Operand(emitter.node("DequantizeLinear", values, output, attributes={"axis": weight.axis}), values, spec, weight.axis)

@@ -31,9 +31,16 @@ class PackedBlocks:
     """MatMul, Gemm and Gather on codes of 2, 4 or 8 bits with one scale per block."""
 
     name: str = "nbits"
-    domains: tuple[str, ...] = (DOMAIN,)
     coupled: bool = False
     product_reason: str | None = "a product of factors is not packed when the model is loaded"
+
+    def domains(self, use: Use) -> tuple[str, ...]:
+        """MatMulNBits and GatherBlockQuantized."""
+        return (DOMAIN,)
+
+    def partners(self, use: Use) -> tuple[int, ...]:
+        """None: an operator has one weight."""
+        return ()
 
     def declines(self, use: Use, opset: int) -> str | None:
         """Gather, and plain Gemm and MatMul with the weight on the right."""

@@ -26,9 +26,16 @@ class Rows:
     """Gather in a table of bytes or nibbles with one scale per row; a second factor, which is multiplied with, is decoded at load."""
 
     name: str = "rows"
-    domains: tuple[str, ...] = ()
     coupled: bool = False
     product_reason: str | None = "a product of factors has no packed rows"
+
+    def domains(self, use: Use) -> tuple[str, ...]:
+        """Standard operators."""
+        return ()
+
+    def partners(self, use: Use) -> tuple[int, ...]:
+        """None: an operator has one weight."""
+        return ()
 
     def declines(self, use: Use, opset: int) -> str | None:
         """Gather in a table, from opset 13 on."""

@@ -5,12 +5,25 @@ from __future__ import annotations
 import numpy as np
 from onnx import NodeProto
 
-from ..emit import Array, Emitter, Spec
+from ..emit import Array, Emitter, Program, Spec
 from ..families import Use
 from ..storage import IntegerWeight, Storage, requantize
 
 SINGLE: np.dtype[np.generic] = np.dtype(np.float32)
 """The only type that ONNX Runtime's integer operators turn into integers and back."""
+
+_ZERO_POINTS = Program(
+    "ZeroPoints",
+    """(s) => (z) {
+        d = Sub (s, s)
+        z = Cast <to = 3> (d)
+    }""",
+)
+
+
+def zero_points(emitter: Emitter, scale: str) -> str:
+    """int8 zeros, one for each scale, made when the model is loaded."""
+    return emitter.call(_ZERO_POINTS, [scale], emitter.name("z"), {})
 
 
 def integer_weight(emitter: Emitter, suffix: str, storage: Storage, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight:

@@ -61,6 +61,17 @@ ATTENTION = """g (int64[N, S] i) => (float[N, S, 32] y) {
 }"""
 
 
+RECURRENT = """g (float[N, 6, 16] x) => (float[N, 20] y) {
+    t = Transpose <perm = [1, 0, 2]> (x)
+    a, ah = LSTM <hidden_size = 24, direction = "bidirectional"> (t, w1, r1, b1)
+    m = Transpose <perm = [0, 2, 1, 3]> (a)
+    j = Reshape (m, shape)
+    c, ch = LSTM <hidden_size = 32> (j, w2, r2, b2)
+    s = Squeeze (ch, axes)
+    y = MatMul (s, head)
+}"""
+
+
 def convolutions() -> tuple[onnx.ModelProto, dict[str, Array]]:
     """A residual network and images; large enough values that integers have something to round."""
     weights = {
@@ -82,7 +93,23 @@ def attention() -> tuple[onnx.ModelProto, dict[str, Array]]:
     return parse(ATTENTION, square | rest), {"i": np.random.default_rng(10).integers(0, 50, (40, 7))}
 
 
-MODELS = {"convolutions": convolutions, "attention": attention}
+def recurrent() -> tuple[onnx.ModelProto, dict[str, Array]]:
+    """Two layers of memory, one of them in both directions, over short sequences."""
+    weights = {
+        "w1": normal(1, 2, 96, 16) * 3,
+        "r1": normal(2, 2, 96, 24) * 3,
+        "b1": normal(3, 2, 192),
+        "w2": normal(4, 1, 128, 48) * 3,
+        "r2": normal(5, 1, 128, 32) * 3,
+        "b2": normal(6, 1, 256),
+        "head": normal(7, 32, 20),
+        "shape": np.asarray([0, 0, -1]),
+        "axes": np.asarray([0]),
+    }
+    return parse(RECURRENT, weights), {"x": normal(8, 48, 6, 16) * 4}
+
+
+MODELS = {"convolutions": convolutions, "attention": attention, "recurrent": recurrent}
 
 
 @cache
@@ -109,15 +136,16 @@ KERNELS = {
     ("convolutions", "dynamic"): {"Conv": 3, "DynamicQuantizeMatMul": 1},
     ("attention", "integer"): {"QLinearMatMul": 5, "MatMulIntegerToFloat": 3, "QLinearSoftmax": 1, "QLinearAdd": 1},
     ("attention", "dynamic"): {"MatMulIntegerToFloat": 3, "DynamicQuantizeLinear": 1, "DynamicQuantizeMatMul": 3},
+    ("recurrent", "dynamic"): {"DynamicQuantizeLSTM": 2, "DynamicQuantizeMatMul": 1},
     ("attention", "nbits"): {"MatMulNBits": 6, "GatherBlockQuantized": 1},
     ("attention", "rows"): {"Gather": 2},
 }
 """Model and arithmetic → how many operators of some types are left once ONNX Runtime has optimized the model."""
 
-FLOATS = {"integer": ("Conv", "Gemm", "MatMul"), "dynamic": ("Gemm",), "nbits": (), "rows": ()}
+FLOATS = {"integer": ("Conv", "Gemm", "MatMul"), "dynamic": ("Gemm", "LSTM"), "nbits": (), "rows": ()}
 """Arithmetic → operators of which none is left in floats."""
 
-DECODING = ("DequantizeLinear", "Cast", "Sub", "Mul", "Div", "Floor", "Round", "Reshape", "BitShift", "BitwiseAnd", "Constant")
+DECODING = ("DequantizeLinear", "Cast", "Sub", "Mul", "Div", "Floor", "Round", "BitShift", "BitwiseAnd", "Constant", "Expand")
 """What decode programs are made of, and the networks are not."""
 
 cases = pytest.mark.parametrize(("name", "arithmetic"), KERNELS, ids=map("-".join, KERNELS))

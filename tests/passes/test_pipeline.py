@@ -308,7 +308,9 @@ def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1e-3, 1e-4 if form.arithmetic != "float" else 1e-3
 
     def whole(_: Job, model: Model, *__: object, **___: object) -> PairedLatency:
-        narrow = {"QuantizeLinear", "DynamicQuantizeLinear", "MatMulNBits", "GatherBlockQuantized"} & set(operators(model.proto))
+        narrow = {"QuantizeLinear", "DynamicQuantizeLinear", "DynamicQuantizeLSTM", "MatMulNBits", "GatherBlockQuantized"} & set(
+            operators(model.proto)
+        )
         looked_up = operators(model.proto)["Gather"] > 1
         ratio = 0.45 if narrow or looked_up else 1.0
         return PairedLatency(1e-2, ratio * 1e-2, ratio, ratio, ratio, 1)
@@ -331,6 +333,7 @@ def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         ("convolutions", "integer", 0.5, {"QLinearConv": 1, "QGemm": 1}),
         ("attention", "integer", 0.5, {"MatMulIntegerToFloat": 1}),
         ("attention", "dynamic", 0.5, {"DynamicQuantizeLinear": 1}),
+        ("recurrent", "dynamic", 0.5, {"DynamicQuantizeLSTM": 1}),
         ("attention", "nbits", 0.5, {"MatMulNBits": 1}),
         ("attention", "rows", 0.9, {"Gather": 2}),
     ],

@@ -131,6 +131,25 @@ def test_narrow_arithmetics_are_priced_to_the_byte(name: str, ir_version: int, t
             assert abs(own - size) <= VARINT_BYTES, form
 
 
+@pytest.mark.parametrize("ir_version", [7, 9])
+def test_weights_that_one_operator_reads_as_integers_are_priced_to_the_byte_together(ir_version: int, tmp_path: Path) -> None:
+    model = load(CASES["lstm"].proto(ir_version=ir_version))
+    sites = find_sites(model)
+    pricer = SizePricer(model, external=False)
+    found = {site.name: [form for form in narrow_forms(site) if form.arithmetic == "dynamic"] for site in sites}
+    assert {form.execution for form in found["w"]} == {"dense", "contract"}
+    assert {form.execution for form in found["r"]} == {"dense"}
+    overlap_bytes = pricer.overlap_bytes(dict.fromkeys(("w", "r"), Form("dense", (), "int8", "dense", "dynamic")))
+    for number, form in enumerate(found["w"]):
+        forms = {"w": form, "r": found["r"][number % len(found["r"])]}
+        size = written(mocked(model, forms), tmp_path)
+        assert pricer.total(forms) == size, forms
+        prices = [pricer.price(site, forms[site.name]) for site in sites]
+        shared = {name for price in prices for name in price.shared}
+        own = pricer.base_bytes + sum(price.size_bytes for price in prices) + sum(pricer.shared[name] for name in shared) - overlap_bytes
+        assert abs(own - size) <= 2 * VARINT_BYTES, forms
+
+
 def test_a_pair_of_quantizers_is_priced_about_right() -> None:
     """Only names are not known in advance: one of them is a little longer for every pair."""
     text = "g (float[N, 8, 6, 6] x) => (float[N, 8, 6, 6] y) { y = MaxPool <kernel_shape = [3, 3], pads = [1, 1, 1, 1]> (x) }"

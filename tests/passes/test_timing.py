@@ -11,12 +11,13 @@ import pytest
 from onnx import TensorProto
 
 from intaglio.ops.arithmetic import ARITHMETICS
-from intaglio.ops.form import UNCHANGED, Form
+from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.passes.cache import Cache
 from intaglio.passes.calibrate import observe, value_shapes
 from intaglio.passes.latency import MicroBench, random_feed
 from intaglio.passes.load import load
 from intaglio.passes.options import Runtime
+from intaglio.passes.partners import Partners
 from intaglio.passes.regions import find_carriers
 from intaglio.passes.session import CPU
 from intaglio.passes.sites import find_sites
@@ -171,6 +172,55 @@ def test_every_arithmetic_can_be_timed(name: str) -> None:
         watch = stopwatch()
         assert pricer_of(case.proto(), case.data().first(1), watch).pair(site, form) == (1.0, 1.0)
         assert in_bytes(watch.seen[1]) == ARITHMETICS[form.arithmetic].coupled
+
+
+@pytest.mark.parametrize("hidden", [8, 320], ids=["small", "large"])
+def test_both_weights_of_an_lstm_are_timed_in_integers(hidden: int) -> None:
+    """The recurrent weight of the larger one is not held while operators are timed."""
+    text = f"g (float[S, B, 12] x) => (float[S, 1, B, {hidden}] y) {{ y = LSTM <hidden_size = {hidden}> (x, w, r, b) }}"
+    weights = {"w": normal(1, 1, 4 * hidden, 12), "r": normal(2, 1, 4 * hidden, hidden), "b": normal(3, 1, 8 * hidden)}
+    proto, watch, feed = parse(text, weights), stopwatch(), {"x": normal(4, 5, 2, 12)}
+    model = load(proto)
+    sites = find_sites(model)
+    pricer = LatencyPricer(model, observe(model, sites, feed, Runtime()), watch, {}, Partners.find(sites))
+    site = next(site for site in sites if site.name == "w")
+    products = {"dense": 0, "contract": 1}
+    for form in dict.fromkeys(as_run(form) for form in narrow_forms(site) if form.arithmetic == "dynamic"):
+        watch.seen.clear()
+        pricer.pair(site, form)
+        floats, integers = (operators(optimized(model)) for model in watch.seen)
+        assert floats == {"LSTM": 1}
+        assert integers["DynamicQuantizeLSTM"] == 1
+        assert integers["DynamicQuantizeMatMul"] == products[form.execution] == sum(integers.values()) - 1
+
+
+TAKEN = "x", "x-pruned", "t-pruned", "w.q", "w.s", "t_quantized"
+"""Names that micro-models use or once used for their own values."""
+
+
+@pytest.mark.parametrize("name", TAKEN)
+@pytest.mark.parametrize("body", ["{} = Conv (t, w)", "{} = Conv (t, w, b)", "h = Conv (t, w) {} = Relu (h)"])
+def test_a_model_may_call_its_values_what_it_likes(body: str, name: str) -> None:
+    """The value that an operator yields, and its bias."""
+    text = f"g (float[N, 16, 4, 4] i) => (float[N, 24, 4, 4] y) {{ t = Relu (i) {body.format('result')} y = Tanh (result) }}"
+    proto = parse(text, {"w": normal(1, 24, 16, 1, 1), "b": normal(2, 24)})
+    for node in proto.graph.node:
+        node.input[:] = [{"result": name, "b": f"{name}.b"}.get(value, value) for value in node.input]
+        node.output[:] = [name if value == "result" else value for value in node.output]
+    for tensor in proto.graph.initializer:
+        tensor.name = f"{name}.b" if tensor.name == "b" else tensor.name
+    model = load(proto)
+    (site,) = find_sites(model)
+    pricer = LatencyPricer(model, observe(model, (site,), {"i": normal(3, 2, 16, 4, 4)}, Runtime()), bench())
+    for form in (
+        Form("lowrank", (4,), "float", "contract"),
+        Form("dense", (), "int8", "dense", "integer"),
+        Form("lowrank", (4,), "int8", "contract", "integer"),
+        Form(PRUNED, (12, 16), "float", "contract"),
+    ):
+        assert pricer.reference(site) > 0
+        assert min(pricer.pair(site, form)) > 0
+    assert pricer.calibrate([site], lambda: None) >= 0
 
 
 def test_sites_that_run_alike_share_a_measurement() -> None:

@@ -13,7 +13,7 @@ from intaglio.ops.arithmetic.integer import INTEGER
 from intaglio.ops.emit import Emitter, Spec, spec_of
 from intaglio.ops.storage import STORAGES, readers
 from tests.ops.arithmetic.lowering import FLOAT32, HALF_STEP, reasons, tame
-from tests.ops.running import Array, assemble, assert_close, emitter_for, node_of, normal, run, run_model
+from tests.ops.running import Array, assemble, assert_close, emitter_for, node_of, normal, run, run_model, use_of
 
 CONV = "y = Conv <pads = [1, 1, 1, 1]> (x, w)"
 BIASED_CONV = "y = Conv <pads = [1, 1, 1, 1]> (x, w, c)"
@@ -206,4 +206,6 @@ def test_old_opsets_other_types_and_other_axes_are_declined() -> None:
 def test_every_arithmetic_is_listed_under_its_own_name() -> None:
     assert [arithmetic.name for arithmetic in ARITHMETICS.values()] == list(ARITHMETICS) == ["integer", "dynamic", "nbits", "rows"]
     assert [name for name, arithmetic in ARITHMETICS.items() if arithmetic.coupled] == ["integer"]
-    assert {name: arithmetic.domains for name, arithmetic in ARITHMETICS.items() if arithmetic.domains} == {"nbits": ("com.microsoft",)}
+    domains = {name: arithmetic.domains(use_of("y = MatMul (x, w)", (4, 4))) for name, arithmetic in ARITHMETICS.items()}
+    assert domains == {"integer": (), "dynamic": (), "nbits": ("com.microsoft",), "rows": ()}
+    assert not any(arithmetic.partners(use_of("y = MatMul (x, w)", (4, 4))) for arithmetic in ARITHMETICS.values())
