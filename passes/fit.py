@@ -15,12 +15,13 @@ from numpy.typing import NDArray
 from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild, refit_last
 from intaglio.ops.decompositions.lowrank import spectrum
 from intaglio.ops.decompositions.residual import Residual
+from intaglio.ops.emit import Spec
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment, relative_error
-from intaglio.ops.rounding import Problem, Rounding, compensation, encode, factor_input, feedback, fit_corrected
+from intaglio.ops.rounding import Problem, Rounding, compensates, compensation, encode, factor_input, feedback, fit_corrected
 from intaglio.ops.rounding.corrected import TURNS, Write
 from intaglio.ops.rounding.encoding import Packed
-from intaglio.ops.storage import STORAGES, is_scalar
+from intaglio.ops.storage import STORAGES, Storage, is_scalar, is_tabular
 from intaglio.ops.view import MatrixView
 
 from .rewrite import array_specs, array_storages
@@ -86,7 +87,8 @@ def store(
         return every, tuple(storage.decode(packed, spec) for storage, packed, (spec, _) in zip(storages, every, specs, strict=True))
     leading = (fit_factors(site, form, weight, moment) if factors is None else factors)[:-1]
     # The last factor takes up what leading ones lose, so compensation within these can lose what it gained: the better way is kept.
-    ways = (rounding, Rounding(compensate=False)) if rounding.compensate and is_scalar(storages[0]) else (rounding,)
+    chosen = is_scalar(storages[0]) or is_tabular(storages[0])
+    ways = (rounding, Rounding(compensate=False)) if rounding.compensate and chosen else (rounding,)
     found = [_store_factors(site, form, weight, moment, leading, (way, rounding)) for way in ways]
     return min(found, key=lambda each: moment.energy(weight, rebuilt(site, form, each[1]))) if len(found) > 1 else found[0]
 
@@ -204,11 +206,37 @@ def compensation_gain(site: Site, weight: NDArray[np.float64], moment: Moment) -
         weight: (groups, m, n), as the first use sees it.
         moment: second moment of its input.
     """
-    if moment.diagonal:
+    return 1.0 if moment.diagonal else compensation(*_part(site, weight, moment))
+
+
+def table_gain(storage: Storage, site: Site, value: NDArray[np.generic], weight: NDArray[np.float64], moment: Moment) -> float:
+    """The same of a storage whose values come from a table.
+
+    Args:
+        storage: accepts the weight.
+        site: the site.
+        value: its array.
+        weight: (groups, m, n), as the first use sees it.
+        moment: second moment of its input.
+    """
+    ((_, axis),) = array_specs(site, Form("dense"))
+    if moment.diagonal or not compensates(storage, Problem(value, axis, _AnchorReading(site), moment, np.ones(1))):
         return 1.0
-    view = site.use.view
+    part, some = _part(site, weight, moment)
+    groups, m, n = part.shape
+    view = MatrixView((groups * m, n), groups, m, n, True)
+    array = view.stored(part).astype(value.dtype)
+    problem, spec = Problem(array, 0, view, some, _spread(view, some)), Spec(array.shape, array.dtype)
+    nearest, found = (
+        some.energy(part, view.matrix(storage.decode(encode(storage, problem, Rounding(each)), spec))) for each in (False, True)
+    )
+    return min(1.0, found / nearest) if nearest > 0 else 1.0
+
+
+def _part(site: Site, weight: NDArray[np.float64], moment: Moment) -> tuple[NDArray[np.float64], Moment]:
+    """Some outputs and the first inputs of a weight, and the moment of these inputs."""
     some = Moment(moment.matrix[:, :_GAIN_INPUTS, :_GAIN_INPUTS], moment.rows)
-    return compensation(weight[:, :: max(1, view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS], some)
+    return weight[:, :: max(1, site.use.view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS], some
 
 
 @dataclass(frozen=True, eq=False)

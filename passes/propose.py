@@ -3,8 +3,8 @@
 Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding errors are
 computed for some channels of the dense weight in each storage; those of factors are computed once per decomposition, in one storage at a
 middle rank, those of a corrected weight in one storage at every rank, and follow the dense errors for other storages. What
-error-compensated rounding gains is measured once per site, on a few outputs: the share of the error that it takes away hardly depends on
-the number of bits.
+error-compensated rounding gains is measured on a few outputs: once per site for uniform grids, as the share of the error that it takes away
+hardly depends on the number of bits, and once for codebooks of each length of runs, on the smallest.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
-from intaglio.ops.storage import STORAGES, is_scalar, readers
+from intaglio.ops.storage import STORAGES, is_scalar, is_tabular, readers
 
-from .fit import compensation_gain, fit_factors, form_error, importance, uncorrected_share
+from .fit import compensation_gain, fit_factors, form_error, importance, table_gain, uncorrected_share
 from .rewrite import array_specs, declines
 from .sites import Site
 
@@ -37,6 +37,13 @@ SAMPLED_ENTRIES = 1 << 18
 
 _PROBE_STORAGE = "int4"
 """In which the rounding of factors is measured."""
+
+_GAIN_STORAGES = {
+    **dict.fromkeys(("kmeans4", "kmeans3", "kmeans2"), "kmeans2"),
+    **dict.fromkeys(("vq2x8", "vq2x4"), "vq2x4"),
+    **dict.fromkeys(("vq4x8", "vq4x4"), "vq4x4"),
+}
+"""In which the gain of compensated rounding is measured, for every storage whose values come from a table."""
 
 _BRIEF = Rounding(thorough=False)
 """How: the ratio to what rounding does to the whole weight counts, which is estimated as briefly."""
@@ -181,7 +188,7 @@ def _rounding_errors(
     """Relative error of the dense weight in each storage that can hold it; `reasons` takes up why the others cannot.
 
     Rounding errors of different entries are unrelated, so diag(A) alone prices them, and diag(G) where outputs have a metric; compensated
-    rounding turns them towards directions in which A is weak, which `compensation_gain` measures.
+    rounding turns them towards directions in which A is weak, which `compensation_gain` and `table_gain` measure.
     """
     ((spec, axis),) = array_specs(site, Form("dense"))
     count = spec.shape[axis]
@@ -194,7 +201,7 @@ def _rounding_errors(
     exact = np.asarray(part, np.float64)
     whole = moment.separate_energy(weight) / energy if energy > 0 else 0.0  # of the diagonal, relative to that of A itself
     scale = whole / max(float((weights * exact**2).sum()), np.finfo(np.float64).tiny)
-    gain = compensation_gain(site, weight, moment)
+    uniform, of_tables = compensation_gain(site, weight, moment), dict[str, float]()
     errors = {}
     for name in storages:
         storage, sampled = STORAGES[name], Spec(part.shape, part.dtype)
@@ -205,7 +212,10 @@ def _rounding_errors(
             reasons.append(f"{name}: {reason}")
             continue
         decoded = np.asarray(storage.decode(storage.encode(part, axis, weights), sampled), np.float64)
-        errors[name] = scale * float((weights * (exact - decoded) ** 2).sum()) * (gain if is_scalar(storage) else 1.0)
+        if is_tabular(storage) and (stand_in := _GAIN_STORAGES[name]) not in of_tables:
+            of_tables[stand_in] = table_gain(STORAGES[stand_in], site, value, weight, moment)
+        gain = uniform if is_scalar(storage) else of_tables[_GAIN_STORAGES[name]] if is_tabular(storage) else 1.0
+        errors[name] = gain * scale * float((weights * (exact - decoded) ** 2).sum())
     return errors
 
 

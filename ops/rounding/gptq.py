@@ -25,7 +25,7 @@ RIDGE = 0.01
 LARGEST_BLOCK = 6144
 """Most inputs that are compensated together; more would take too much time and memory, so they fall into blocks."""
 
-_BLOCK = 64
+BLOCK = 64
 """Columns between two matrix products; within them errors are passed on one column at a time."""
 
 _ENTRIES = 1 << 20
@@ -69,21 +69,26 @@ class Levels:
     highest: int
 
 
-def feedback(moment: Moment) -> tuple[Feedback, ...]:
+def feedback(moment: Moment, entries: int = 1) -> tuple[Feedback, ...]:
     """Feedback for each block of inputs; one block unless there are more than `LARGEST_BLOCK` inputs.
 
     Args:
         moment: of the layer's input, not a diagonal one.
+        entries: that many consecutive inputs stay together in the order, those of large mean squares first; only the last ones, which are
+            fewer where their number is no divisor, come last.
     """
-    n = moment.matrix.shape[1]
-    count = -(-n // LARGEST_BLOCK)
-    return tuple(_feedback(moment, part) for part in np.array_split(np.arange(n), count))
+    runs = -(-moment.matrix.shape[1] // entries)
+    count = -(-moment.matrix.shape[1] // LARGEST_BLOCK)
+    return tuple(_feedback(moment, int(part[0]) * entries, (int(part[-1]) + 1) * entries, entries) for part in _split(runs, count))
 
 
-def _feedback(moment: Moment, inputs: NDArray[np.int64]) -> Feedback:
-    first, last = int(inputs[0]), int(inputs[-1]) + 1
+def _split(runs: int, count: int) -> list[NDArray[np.int64]]:
+    return np.array_split(np.arange(runs), min(count, runs))
+
+
+def _feedback(moment: Moment, first: int, last: int, entries: int) -> Feedback:
     part = Moment(moment.matrix[:, first:last, first:last], moment.rows).regularized(RIDGE).matrix
-    order = np.argsort(-np.diagonal(part, axis1=1, axis2=2), axis=1, kind="stable")
+    order = _order(np.diagonal(part, axis1=1, axis2=2), entries)
     costs = np.empty(order.shape)
     for matrix, perm, cost in zip(part, order, costs, strict=True):
         backward = perm[::-1]
@@ -91,6 +96,16 @@ def _feedback(moment: Moment, inputs: NDArray[np.int64]) -> Feedback:
         np.square(np.diagonal(root), out=cost)
         np.divide(root, np.diagonal(root), out=matrix)
     return Feedback(order + first, part.astype(np.float32), costs)
+
+
+def _order(squares: Float64, entries: int) -> NDArray[np.int64]:
+    """Inputs (groups, k) by their mean squares, (groups, k): runs with large sums first, one that is not full last."""
+    whole = squares.shape[1] // entries
+    sums = squares[:, : whole * entries].reshape(len(squares), whole, entries).sum(2)
+    starts = entries * np.argsort(-sums, axis=1, kind="stable")
+    order = (starts[:, :, None] + np.arange(entries)).reshape(len(squares), -1)
+    rest = np.arange(whole * entries, squares.shape[1])
+    return np.concatenate([order, np.broadcast_to(rest, (len(squares), len(rest)))], axis=1)
 
 
 def round_compensated(weight: Float64, levels: Levels, parts: tuple[Feedback, ...]) -> tuple[NDArray[np.int16], Float64]:
@@ -108,21 +123,22 @@ def round_compensated(weight: Float64, levels: Levels, parts: tuple[Feedback, ..
     codes, errors = np.empty(weight.shape, np.int16), np.zeros(weight.shape[:2])
     for part in parts:
         index = part.order[:, :, None]
-        for rows in _row_chunks(weight.shape):
-            target, scale, zero = (_taken(each, weight.shape, rows, index) for each in (weight, levels.scale, levels.zero))
+        for rows in row_chunks(weight.shape):
+            target, scale, zero = (taken(each, weight.shape, rows, index) for each in (weight, levels.scale, levels.zero))
             found, error = _round_columns(target, scale, zero, (levels.lowest, levels.highest), part)
             np.put_along_axis(codes[:, rows].transpose(0, 2, 1), index, found, 1)
             errors[:, rows] += error
     return codes, errors
 
 
-def _row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
+    """Slices of the outputs of a weight (groups, m, n), so many at a time as are worked on at once."""
     groups, m, n = shape
     step = max(1, _ENTRIES // (groups * n))
     return (slice(start, start + step) for start in range(0, m, step))
 
 
-def _taken(array: NDArray[np.floating[Any]], shape: tuple[int, ...], rows: slice, index: NDArray[np.int64]) -> Float32:
+def taken(array: NDArray[np.floating[Any]], shape: tuple[int, ...], rows: slice, index: NDArray[np.int64]) -> Float32:
     """Some outputs of an array that broadcasts to (groups, m, n), as (groups, k, rows): inputs in the order of `index` (groups, k, 1)."""
     part = np.broadcast_to(array, shape)[:, rows].transpose(0, 2, 1)
     return np.asarray(np.clip(np.take_along_axis(part, index, 1), -_LIMIT, _LIMIT), np.float32)
@@ -133,8 +149,8 @@ def _round_columns(
 ) -> tuple[NDArray[np.int16], Float64]:
     """Codes (groups, k, rows) and errors (groups, rows) of inputs in order; weight, scale and zero are (groups, k, rows), too."""
     codes, lost, errors = np.empty(weight.shape, np.int16), np.empty_like(weight), np.zeros(weight[:, 0].shape)
-    for start in range(0, weight.shape[1], _BLOCK):
-        stop = min(start + _BLOCK, weight.shape[1])
+    for start in range(0, weight.shape[1], BLOCK):
+        stop = min(start + BLOCK, weight.shape[1])
         target = weight[:, start:stop] + part.shares[:, :start, start:stop].transpose(0, 2, 1) @ lost[:, :start]
         for k in range(start, stop):
             wanted = target[:, k - start]

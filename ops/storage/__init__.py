@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .base import IntegerWeight, ScalarStorage, Storage, is_scalar, readers
+from .base import IntegerWeight, ScalarStorage, Storage, TableStorage, is_scalar, is_tabular, readers
 from .codebook import CODEBOOKS
 from .floating import HALF, SAME
 from .grid import Grid
@@ -11,6 +11,7 @@ from .nbits import NBITS
 from .planes import PLANES
 from .requantize import requantize, requantized
 from .rows import ROW_NIBBLES
+from .table import Table
 from .uniform import UNIFORM
 from .vector import VECTORS
 
@@ -19,4 +20,17 @@ _EVERY: tuple[Storage, ...] = (SAME, HALF, *UNIFORM, INT4_NATIVE, *PLANES, *CODE
 STORAGES: dict[str, Storage] = {storage.name: storage for storage in _EVERY}
 """Every storage, by the name that plans and reports use. To add one: write its file, list it here."""
 
-__all__ = ["STORAGES", "Grid", "IntegerWeight", "ScalarStorage", "Storage", "is_scalar", "readers", "requantize", "requantized"]
+__all__ = [
+    "STORAGES",
+    "Grid",
+    "IntegerWeight",
+    "ScalarStorage",
+    "Storage",
+    "Table",
+    "TableStorage",
+    "is_scalar",
+    "is_tabular",
+    "readers",
+    "requantize",
+    "requantized",
+]

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec
 from .grid import Grid
+from .scaling import Blocks
+from .table import Table
 
 
 @dataclass(frozen=True)
@@ -119,6 +121,27 @@ class ScalarStorage(Storage, Protocol):
 def is_scalar(storage: Storage) -> TypeGuard[ScalarStorage]:
     """Whether a storage's values lie on a uniform grid."""
     return callable(getattr(storage, "grid", None)) and callable(getattr(storage, "pack", None))
+
+
+class TableStorage(Storage, Protocol):
+    """A storage whose values come from a table, so that indices may be chosen by anyone: `encode` writes the nearest ones."""
+
+    def runs(self, shape: tuple[int, ...], axis: int) -> Blocks:
+        """Which entries of an array one index stands for; the indices count through (outer, count, inner)."""
+        ...
+
+    def table(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> Table:
+        """Centroids that minimise the (weighted) squared error of the nearest ones; arguments as for `encode`."""
+        ...
+
+    def write(self, index: NDArray[np.int16], table: Table) -> tuple[NDArray[np.generic], ...]:
+        """Packed arrays of an index for each run, (outer, count, inner) in any shape, and of what `table` or `Table.moved` returned."""
+        ...
+
+
+def is_tabular(storage: Storage) -> TypeGuard[TableStorage]:
+    """Whether a storage's values come from a table."""
+    return callable(getattr(storage, "table", None)) and callable(getattr(storage, "write", None))
 
 
 def readers(storage: Storage) -> tuple[str, ...] | None:

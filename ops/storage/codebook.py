@@ -12,7 +12,8 @@ from ..emit import Array, Emitter, Program, Spec, byte_attribute, onnx_type
 from .base import Expandable, IntegerWeight, refusal
 from .grid import largest_of, single
 from .packing import MODERN_OPSET, Bits
-from .scaling import BFLOAT16, LARGEST, SMALLEST, Channels
+from .scaling import BFLOAT16, LARGEST, SMALLEST, Blocks, Channels
+from .table import Table
 
 _BINS = 1 << 13
 """Bins of the histogram on which levels are fitted."""
@@ -56,6 +57,11 @@ def safe_scales(scales: NDArray[np.float32], levels: NDArray[np.float16], limit:
     """bfloat16 scales that carry no level beyond a limit."""
     largest = limit / (1.01 * max(float(np.abs(levels.astype(np.float32)).max()), 1.0))  # 1.01: bfloat16 rounds by 2⁻⁸
     return np.minimum(scales, np.float32(largest)).astype(BFLOAT16)
+
+
+def largest_level(scales: NDArray[np.float32], limit: float) -> float:
+    """The largest level that no scale carries beyond a limit."""
+    return limit / (1.01 * float(scales.max()))  # 1.01: levels are rounded to float16
 
 
 def fit_levels(values: NDArray[np.float32], weights: NDArray[np.float64], count: int) -> NDArray[np.float16]:
@@ -118,9 +124,11 @@ class Codebook(Expandable):
         levels = Spec((1 << self.width,), np.dtype(np.float16))
         return (self._packing.layout(array.shape), levels, Spec(Channels(array.shape, axis).scales, BFLOAT16))
 
-    def encode(
-        self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
-    ) -> tuple[NDArray[np.generic], ...]:
+    def runs(self, shape: tuple[int, ...], axis: int) -> Blocks:
+        """Every entry by itself."""
+        return Blocks(shape, int(np.prod(shape)), 1, 1)
+
+    def table(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> Table:
         """Levels by k-means on the channels divided by their scales, where an error counts by the square of its channel's scale."""
         partition = Channels(array.shape, axis)
         scale = channel_scales(np.moveaxis(array, axis, 0)).reshape(partition.scales)
@@ -128,8 +136,21 @@ class Codebook(Expandable):
         if importance is not None:
             weights = weights * importance
         levels = fit_levels(_divided(array, scale), np.broadcast_to(weights, array.shape), 1 << self.width)
-        stored = safe_scales(scale, levels, largest_of(array.dtype))
-        return (self._packing.pack(self._nearest(_divided(array, stored), levels)), levels, stored)
+        limit = largest_of(array.dtype)
+        stored = safe_scales(scale, levels, limit)
+        known = stored.astype(np.float32)
+        return Table(levels[:, None], known, self.runs(array.shape, axis), stored, largest_level(known, limit))
+
+    def write(self, index: NDArray[np.int16], table: Table) -> tuple[NDArray[np.generic], ...]:
+        """Packed arrays of the indices of all entries."""
+        return (self._packing.pack(index.reshape(table.blocks.shape)), table.centroids[:, 0], table.stored)
+
+    def encode(
+        self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
+    ) -> tuple[NDArray[np.generic], ...]:
+        """The nearest level of each entry."""
+        table = self.table(array, axis, importance)
+        return self.write(self._nearest(_divided(array, table.scale), table.centroids[:, 0]), table)
 
     @staticmethod
     def _nearest(values: NDArray[np.float32], levels: NDArray[np.float16]) -> NDArray[np.int16]:

@@ -10,10 +10,11 @@ from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec, byte_attribute, onnx_type
 from .base import Expandable, IntegerWeight, refusal
-from .codebook import channel_scales, safe_scales
+from .codebook import channel_scales, largest_level, safe_scales
 from .grid import largest_of, single
 from .packing import MODERN_OPSET, Bits
 from .scaling import BFLOAT16, Blocks
+from .table import Table
 
 _SAMPLE = 1 << 16
 """Vectors that centroids are fitted on."""
@@ -127,26 +128,48 @@ class Vectors(Expandable):
 
     def layout(self, array: Spec, axis: int) -> tuple[Spec, ...]:
         """Indices, centroids, scales."""
-        blocks = Blocks.of(array.shape, axis, self.entries)
+        blocks = self.runs(array.shape, axis)
         places = (blocks.outer, blocks.count, blocks.inner)
         indices = Spec(places, np.dtype(np.uint8)) if self.width == 8 else Bits(self.width).layout(places)
         table = Spec((1 << self.width, blocks.layout[2]), np.dtype(np.float16))
         return (indices, table, Spec((blocks.outer, 1, 1, blocks.inner), BFLOAT16))
 
+    def runs(self, shape: tuple[int, ...], axis: int) -> Blocks:
+        """As even as can be, of at most `entries`."""
+        return Blocks.of(shape, axis, self.entries)
+
+    def table(self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None) -> Table:
+        """Centroids by k-means on the channels divided by their scales, where an error counts by the square of its channel's scale."""
+        return self._fitted(array, axis, importance)[0]
+
+    def write(self, index: NDArray[np.int16], table: Table) -> tuple[NDArray[np.generic], ...]:
+        """Packed arrays of the indices of all runs."""
+        places = index.reshape(table.blocks.outer, table.blocks.count, table.blocks.inner)
+        return (places.astype(np.uint8) if self.width == 8 else Bits(self.width).pack(places), table.centroids, table.stored)
+
     def encode(
         self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None = None
     ) -> tuple[NDArray[np.generic], ...]:
-        """Centroids by k-means on the channels divided by their scales, where an error counts by the square of its channel's scale."""
-        blocks = Blocks.of(array.shape, axis, self.entries)
+        """The nearest centroid of each run."""
+        table, values, rows = self._fitted(array, axis, importance)
+        scale = np.asarray(table.stored.astype(np.float32))
+        vectors = self._vectors(np.asarray(values / scale, np.float32))
+        return self.write(nearest(vectors, rows, table.centroids.astype(np.float32)).astype(np.int16), table)
+
+    def _fitted(
+        self, array: NDArray[np.generic], axis: int, importance: NDArray[np.float64] | None
+    ) -> tuple[Table, NDArray[np.float32], NDArray[np.float32]]:
+        """The table; the array in the blocks' layout; weights of squared errors, one row for each run."""
+        blocks = self.runs(array.shape, axis)
         values = blocks.split(single(array))
         channels = np.moveaxis(values, 3, 1).reshape(blocks.outer * blocks.inner, -1)
         scale = channel_scales(channels).reshape(blocks.outer, 1, 1, blocks.inner)
         rows = self._vectors(self._weights(scale, blocks, importance))
-        table = fit_centroids(self._vectors(values / scale), rows, 1 << self.width).astype(np.float16)
-        stored = safe_scales(scale, table, largest_of(array.dtype))
-        index = nearest(self._vectors(values / stored.astype(np.float32)), rows, table.astype(np.float32))
-        places = index.reshape(blocks.outer, blocks.count, blocks.inner)
-        return (places if self.width == 8 else Bits(self.width).pack(places.astype(np.int16)), table, stored)
+        centroids = fit_centroids(self._vectors(values / scale), rows, 1 << self.width).astype(np.float16)
+        limit = largest_of(array.dtype)
+        stored = safe_scales(scale, centroids, limit)
+        known = stored.astype(np.float32)
+        return Table(centroids, blocks.spread(known), blocks, stored, largest_level(known, limit)), values, rows
 
     @staticmethod
     def _weights(scale: NDArray[np.float32], blocks: Blocks, importance: NDArray[np.float64] | None) -> NDArray[np.float64]:

@@ -9,12 +9,12 @@ import pytest
 
 from intaglio.ops.form import UNCHANGED, Form
 from intaglio.ops.moment import Moment, relative_error
-from intaglio.ops.storage import STORAGES
+from intaglio.ops.storage import STORAGES, is_tabular
 from intaglio.ops.storage.codebook import Codebook
 from intaglio.ops.storage.vector import Vectors
 from intaglio.passes.fit import pack
 from intaglio.passes.load import load
-from intaglio.passes.propose import WORST_ERROR, Allowed, expands, propose
+from intaglio.passes.propose import _GAIN_STORAGES, WORST_ERROR, Allowed, expands, propose
 from intaglio.passes.rewrite import declines
 from intaglio.passes.sites import find_sites
 from tests.models import CASES, moments, normal, parse, site_of
@@ -73,6 +73,14 @@ def test_predicted_errors_are_what_fitting_gives(text: str, weight: np.ndarray) 
             assert measured <= 3 * predicted + 1e-6, proposal
         else:
             assert predicted / 3 <= measured <= 3 * predicted + 1e-6, proposal
+
+
+def test_every_table_has_a_storage_that_its_gain_is_measured_in() -> None:
+    tables = {name: storage for name, storage in STORAGES.items() if is_tabular(storage)}
+    assert _GAIN_STORAGES.keys() == tables.keys()
+    for name, stand_in in _GAIN_STORAGES.items():
+        one, other = (tables[each].runs((64, 64), 0).layout for each in (name, stand_in))
+        assert one == other
 
 
 def test_truncation_falls_with_the_rank_and_rounding_with_the_bits() -> None:
