@@ -22,9 +22,12 @@ time limit does not strike.
 from __future__ import annotations
 
 import math
+import os
+import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -393,9 +396,27 @@ def _per_group(reduce: np.ufunc, values: Floats, group: Indices) -> Floats:
     return np.asarray(reduce.reduceat(values, starts)) if len(starts) else np.zeros(0)
 
 
+@contextmanager
+def _silent_stdout() -> Iterator[None]:
+    """Keep what is no Python off the process's standard output: HiGHS greets there, whatever its options say, and `--json` must not."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none
+        yield
+        return
+    sys.stdout.flush()
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+
+
 def _run(model: cp.Problem, deadline_s: float, options: Mapping[str, float]) -> Any:
     """Solve with HiGHS; its `HighsInfo`, or None when the model is infeasible (every variable is bounded: never unbounded)."""
-    with warnings.catch_warnings():
+    with _silent_stdout(), warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # cvxpy's advice at a time limit; `HighsInfo` says what there is
         model.solve(solver=cp.HIGHS, time_limit=max(deadline_s - time.perf_counter(), 0.01), **options)  # type: ignore[no-untyped-call]
     if model.status in (cp.INFEASIBLE, cp.settings.INFEASIBLE_OR_UNBOUNDED):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 
 import pytest
 from hypothesis import given, settings
@@ -242,3 +244,14 @@ def test_five_hundred_groups_of_fifty_options(coupled: bool) -> None:
 def test_malformed_tolerances_are_refused(gap: float, time_limit_s: float) -> None:
     with pytest.raises(ValueError, match="expected gap >= 0 and time_limit_s > 0"):
         solve(Problem((), Cost(), {}), Budget(), gap=gap, time_limit_s=time_limit_s)
+
+
+def test_nothing_is_written_to_standard_output() -> None:
+    """In a process of its own: HiGHS greets once, not through Python's `sys.stdout`."""
+    program = """
+from intaglio.solver import Budget, Cost, Option, Problem, solve
+problem = Problem(((Option(3, 0.0, 0.0), Option(1, 0.0, 0.5)), (Option(3, 0.0, 0.0), Option(1, 0.0, 0.25))), Cost(), {})
+print(solve(problem, Budget(4, None, None, "error")).choice)
+"""
+    found = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert found.stdout == "(0, 1)\n"
