@@ -143,12 +143,14 @@ def _round_columns(
     for start in range(0, weight.shape[1], _BLOCK):
         stop = min(start + _BLOCK, weight.shape[1])
         target = weight[:, start:stop] + part.shares[:, :start, start:stop].transpose(0, 2, 1) @ lost[:, :start]
-        kept = None if support is None else _kept(target, scale[:, start:stop], support[:, start:stop], levels, part.costs[:, start:stop])
         for k in range(start, stop):
             wanted = target[:, k - start]
             code = np.rint(wanted / scale[:, k])
-            if kept is not None:
-                code = np.copysign(np.maximum(np.abs(code), levels.least), wanted) * kept[:, k - start]
+            if support is not None:
+                if (k - start) % REDECIDE == 0:
+                    few = slice(k, min(stop, k + REDECIDE))
+                    kept = _kept(target[:, k - start : few.stop - start], scale[:, few], support[:, few], levels, part.costs[:, few])
+                code = np.copysign(np.maximum(np.abs(code), levels.least), wanted) * kept[:, k - few.start]
             code = (code + zero[:, k]).clip(levels.lowest, levels.highest)
             value = (code - zero[:, k]) * scale[:, k]
             codes[:, k], lost[:, k] = code, weight[:, k] - value
@@ -157,13 +159,13 @@ def _round_columns(
     return codes, errors
 
 
-REDECIDE = 1
+REDECIDE = 16
 
 
 def _kept(target: Float32, scale: Float32, support: NDArray[np.bool_], levels: Levels, costs: Float64) -> NDArray[np.bool_]:
-    """Which inputs of a block stay: as many of each output as the support has there, those that take away most of the error.
+    """Which inputs of a block stay: as many as the support has there, those that take away most of the error.
 
-    What earlier blocks have lost has changed what is wanted since the support was chosen (SparseGPT, section 3.3).
+    What inputs before them have lost has changed what is wanted since the support was chosen (SparseGPT, section 3.3).
 
     Args:
         target: what is wanted of the block, (groups, k, rows).
@@ -172,17 +174,13 @@ def _kept(target: Float32, scale: Float32, support: NDArray[np.bool_], levels: L
         levels: the grid.
         costs: of squared errors, (groups, k).
     """
-    if not REDECIDE:
-        return support
-    wanted = np.abs(target)
+    wanted, count = np.abs(target), int(support.sum())
     value = np.clip(np.rint(wanted / scale), levels.least, levels.highest) * scale
-    gained = costs[:, :, None] * (value * (2 * wanted - value))
-    if REDECIDE == 1:
-        rank = np.argsort(np.argsort(-gained, axis=1, kind="stable"), axis=1, kind="stable")
-        return np.asarray(rank < support.sum(1, keepdims=True))
-    line = gained.reshape(-1); n = int(support.sum())
-    out = np.zeros(line.shape, bool); out[np.argsort(-line)[:n]] = True
-    return out.reshape(support.shape)
+    gained = (costs[:, :, None] * (value * (2 * wanted - value))).reshape(-1)
+    kept = np.zeros(gained.shape, np.bool_)
+    if count:
+        kept[np.argpartition(gained, -count)[-count:]] = True
+    return kept.reshape(support.shape)
 
 
 def compensation(weight: Float64, moment: Moment) -> float:

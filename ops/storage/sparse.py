@@ -4,14 +4,14 @@ A uniform grid spends a code on zero for every weight that goes there. Here zero
 smaller of two ways, both of a size that depends on their number alone:
 
 - a *mask*: one bit per weight. A code's place among the codes is the number of ones before its weight;
-- *places* (Elias, "Efficient storage and retrieval by content and address of static files", 1974; Fano, 1971): of k ascending places below
-  n, the low bits of each, and the rest in unary: bit ⌊place / 2ˡ⌋ + i is set for the i-th one. That takes less than 2 bits more than l each,
-  half a bit from the entropy, and nothing has to be searched.
+- *places* (Elias, "Efficient storage and retrieval by content and address of static files", 1974; Fano, 1971): of k ascending places
+  below n, the low bits of each, and the rest in unary: bit ⌊place / 2ˡ⌋ + i is set for the i-th one. That takes less than l + 2 bits for
+  each, about half a bit more than the entropy.
 
-Which weights stay is decided over all channels at once, by how much of the weighted squared error each takes away (the metric of OBD, LeCun
-et al., 1990). Error-compensated rounding then pushes what is dropped into the inputs that follow, as SparseGPT does (Frantar and Alistarh
-2023, arXiv 2301.00774); see `ops/rounding/gptq.py`. Levels are whole multiples of a channel's step, from `least` of them on: where few weights
-stay, those are all far from zero.
+Which weights stay is decided over all channels at once, by how much of the weighted squared error each takes away. Error-compensated
+rounding then decides once more and pushes what is dropped into the inputs that follow, as SparseGPT does (Frantar and Alistarh 2023, arXiv
+2301.00774); see `ops/rounding/gptq.py`. Levels are whole multiples of a channel's step, from `least` of them on: where few weights stay,
+those are all far from zero.
 """
 
 from __future__ import annotations
@@ -140,6 +140,10 @@ class Sparse(Expandable):
         """The most entries that are not zero; one at least."""
         return max(1, round(int(np.prod(shape)) * (100 - self.sparsity) / 100))
 
+    def highest(self, least: int) -> int:
+        """The largest magnitude, in steps, where `least` is the smallest."""
+        return least + (1 << (self.width - 1)) - 1
+
     def low_bits(self, shape: tuple[int, ...]) -> int | None:
         """Low bits of the places that are written by themselves; None where a mask is no larger."""
         size, count = int(np.prod(shape)), self.count(shape)
@@ -167,15 +171,15 @@ class Sparse(Expandable):
         count = self.count(array.shape)
         kept = _largest(costs * np.square(exact), count)
         least = self._least(exact, costs, kept)
-        levels = exact, least, least + (1 << (self.width - 1)) - 1
-        kept = _largest(costs * _taken_away(*levels, self._steps(exact, costs, kept, least)), count)
+        most = self.highest(least)
+        kept = _largest(costs * _taken_away(exact, least, most, self._steps(exact, costs, kept, least)), count)
         steps = self._steps(exact, costs, kept, least)
         ideal = (steps.astype(np.float64) * peak).reshape(partition.scales)
-        (stored,) = BRAIN_FLOAT.encode(np.minimum(ideal, np.finfo(np.float32).max).astype(np.float32), largest_of(array.dtype) / levels[2])
+        (stored,) = BRAIN_FLOAT.encode(np.minimum(ideal, np.finfo(np.float32).max).astype(np.float32), largest_of(array.dtype) / most)
         rows = np.moveaxis(array, axis, 0).shape
         support = np.ascontiguousarray(np.moveaxis(kept.reshape(rows), 0, axis))
         scale, zero = stored.astype(np.float32), np.zeros((1,) * array.ndim, np.float32)
-        return Grid(scale, zero, -levels[2], levels[2], axis, (self._table(least), stored), support=support, least=least)
+        return Grid(scale, zero, -most, most, axis, (self._table(least), stored), support=support, least=least)
 
     def _least(self, exact: NDArray[np.float32], costs: NDArray[np.float32], kept: NDArray[np.bool_]) -> int:
         """The smallest magnitude that suits channels (c, entries) best, judged by some of the channels."""
@@ -196,7 +200,7 @@ class Sparse(Expandable):
 
         The codes that some step gives have a best step of their own, in closed form.
         """
-        most = least + (1 << (self.width - 1)) - 1
+        most = self.highest(least)
         rows, columns = np.nonzero(kept)
         values, weights = exact[rows, columns], costs[rows, columns]
         weighted = weights * values
@@ -215,11 +219,11 @@ class Sparse(Expandable):
 
     def _table(self, least: int) -> NDArray[np.uint8]:
         """The level of each code: positive ones from the smallest magnitude on, then negative ones."""
-        ahead = np.arange(least, least + (1 << (self.width - 1)))
+        ahead = np.arange(least, self.highest(least) + 1)
         return np.concatenate([ahead, -ahead]).astype(np.int8).view(np.uint8)
 
     def pack(self, codes: NDArray[np.int16], grid: Grid) -> tuple[NDArray[np.generic], ...] | None:
-        """Where codes are not zero, and what they are there; None where there are too many, which no rounding on a grid of `grid` yields."""
+        """Where codes are not zero, and what they are there; None where there are more than `count`."""
         size, count, low = codes.size, self.count(codes.shape), self.low_bits(codes.shape)
         line = codes.reshape(-1)
         places = np.flatnonzero(line)
@@ -322,6 +326,7 @@ def _taken_away(exact: NDArray[np.float32], least: int, most: int, steps: NDArra
 
 SPARSE: tuple[Sparse, ...] = tuple(
     Sparse(sparsity, width)
-    for sparsity, width in ((50, 4), (50, 3), (50, 2), (50, 1), (75, 4), (75, 3), (75, 2), (75, 1), (90, 4), (90, 3), (90, 2), (95, 4), (95, 3))
+    for sparsity, widths in ((50, (4, 3, 2, 1)), (75, (4, 3, 2, 1)), (90, (4, 3, 2)), (95, (4, 3)))
+    for width in widths
 )
 """Every pair that has a name."""
