@@ -28,6 +28,10 @@ LARGEST_BLOCK = 6144
 _BLOCK = 64
 """Columns between two matrix products; within them errors are passed on one column at a time."""
 
+_DECIDED = 8
+"""Columns of which the ones that stay are decided together: with more, errors that are passed on within them come too late; with fewer, as
+many have to stay of each as before."""
+
 _ENTRIES = 1 << 20
 """Entries of a weight that are worked on at once: outputs do not depend on each other."""
 
@@ -147,8 +151,8 @@ def _round_columns(
             wanted = target[:, k - start]
             code = np.rint(wanted / scale[:, k])
             if support is not None:
-                if (k - start) % REDECIDE == 0:
-                    few = slice(k, min(stop, k + REDECIDE))
+                if (k - start) % _DECIDED == 0:
+                    few = slice(k, min(stop, k + _DECIDED))
                     kept = _kept(target[:, k - start : few.stop - start], scale[:, few], support[:, few], levels, part.costs[:, few])
                 code = np.copysign(np.maximum(np.abs(code), levels.least), wanted) * kept[:, k - few.start]
             code = (code + zero[:, k]).clip(levels.lowest, levels.highest)
@@ -157,9 +161,6 @@ def _round_columns(
             errors += part.costs[:, k, None] * np.square(wanted - value, dtype=np.float64)
             target[:, k + 1 - start :] += part.shares[:, k, k + 1 : stop, None] * lost[:, k, None, :]
     return codes, errors
-
-
-REDECIDE = 16
 
 
 def _kept(target: Float32, scale: Float32, support: NDArray[np.bool_], levels: Levels, costs: Float64) -> NDArray[np.bool_]:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from intaglio.ops.emit import Spec, spec_of
 from intaglio.ops.storage.grid import Grid
+from intaglio.ops.storage.packing import Bits
 from intaglio.ops.storage.sparse import SPARSE, Sparse
 from tests.ops.running import Array, emitter_for, normal, run
 
@@ -63,6 +64,25 @@ def test_the_last_entries_are_places_like_others(storage: Sparse) -> None:
         packed = storage.pack(codes, grid_of(storage, 1))
         assert packed is not None
         np.testing.assert_array_equal(storage.codes(packed, codes.shape), codes)
+
+
+def test_bytes_are_those_of_the_documented_example() -> None:
+    storage = BY_NAME["sparse75-int2"]
+    packed = storage.pack(np.array([[0, 0, 2, 0, 0, -1, 0, 0]], np.int16), grid_of(storage, 1))
+    assert packed is not None
+    assert [part.tobytes().hex() for part in packed[:3]] == ["24", "60", "0102fffe"]
+
+
+def test_places_split_into_high_and_low_bits() -> None:
+    """Of 3, 9 and 31 below 32 the low two bits, 3, 1 and 3, and in unary the high ones: 0, 2 + 1, 7 + 2."""
+    storage = BY_NAME["sparse90-int2"]
+    assert (storage.count((1, 32)), storage.low_bits((1, 32))) == (3, 2)
+    codes = np.zeros((1, 32), np.int16)
+    codes[0, [3, 9, 31]] = 1
+    packed = storage.pack(codes, grid_of(storage, 1))
+    assert packed is not None
+    np.testing.assert_array_equal(np.flatnonzero(Bits(1).unpack(packed[0], (12,))), [0, 3, 9])
+    np.testing.assert_array_equal(Bits(2).unpack(packed[1], (3,)).view(np.uint8) >> 6, [3, 1, 3])
 
 
 @pytest.mark.parametrize("storage", SPARSE, ids=lambda s: s.name)
