@@ -6,6 +6,7 @@ al., "Estimating or propagating gradients through stochastic neurons", 2013).
 
 - Uniform grids keep their steps: codes change, scales do not. Codes of variable width never outgrow their bytes; where they would, those go
   towards zero that lose least for the bits they save.
+- Sparse arrays keep their zeros where they are: no entry comes or goes, the others move between levels, across zero too.
 - Levels of a scalar codebook stay, and entries move between them. Centroids of vectors move, and indices stay.
 - Floats are what they are, half precision rounded.
 
@@ -25,6 +26,7 @@ from intaglio.ops.storage import STORAGES, Grid, ScalarStorage, is_scalar
 from intaglio.ops.storage.codebook import Codebook
 from intaglio.ops.storage.packing import Bits
 from intaglio.ops.storage.planes import Code, Planes
+from intaglio.ops.storage.sparse import Sparse
 from intaglio.ops.storage.vector import Vectors
 
 Float32 = NDArray[np.float32]
@@ -159,6 +161,17 @@ class Rounded(_Whole):
 
 
 @dataclass(frozen=True, eq=False)
+class Supported(Rounded):
+    """Codes on a uniform grid with a support, which stays: what is zero remains so, and what is not never becomes so."""
+
+    def pull(self, gradient: Float32, out: Float32) -> None:
+        """Straight through within the support; entries outside of it do not move."""
+        support = self.grid.support
+        assert support is not None
+        np.multiply(gradient, support, out=out.reshape(self.shape))
+
+
+@dataclass(frozen=True, eq=False)
 class Levelled(_Whole):
     """Entries on the levels of a codebook, which stay.
 
@@ -251,6 +264,8 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
         return f"a weight of {spec.dtype}: only float32 is tuned"
     storage = STORAGES[name]
     array = np.asarray(storage.decode(packed, spec), np.float32)
+    if isinstance(storage, Sparse):
+        return Supported(array, storage, sparse_grid(storage, packed, spec, axis))
     if is_scalar(storage):
         return Rounded(array, storage, grid_of(storage, packed, spec, axis))
     if isinstance(storage, Codebook):
@@ -339,6 +354,14 @@ def grid_of(storage: ScalarStorage, packed: Packed, spec: Spec, axis: int) -> Gr
     scale = level(zero + side) * side  # one step from zero: exactly what the decoder multiplies by
     steps, zeros = (_narrowed(part.astype(np.float32), axis) for part in (scale, zero))
     return Grid(steps, zeros, tiny.lowest, tiny.highest, axis, packed[1:])
+
+
+def sparse_grid(storage: Sparse, packed: Packed, spec: Spec, axis: int) -> Grid:
+    """The grid of a sparse array, with its support, read off what was packed."""
+    least, scale, zero = int(packed[-2][0]), packed[-1].astype(np.float32), np.zeros((1,) * len(spec.shape), np.float32)
+    support = storage.codes(packed, spec.shape) != 0
+    most = storage.highest(least)
+    return Grid(scale, zero, -most, most, axis, packed[-2:], support=support, least=least)
 
 
 def _narrowed(part: Float32, axis: int) -> Float32:

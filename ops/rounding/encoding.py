@@ -202,7 +202,8 @@ def _round(problem: Problem, grid: Grid, parts: tuple[Feedback, ...]) -> tuple[N
         problem.reading.matrix(np.broadcast_to(part.astype(np.float64), problem.array.shape)) for part in (grid.scale, grid.zero)
     )
     weight = problem.reading.matrix(problem.array)
-    codes, errors = round_compensated(weight, Levels(scale, zero, grid.lowest, grid.highest), parts)
+    support = None if grid.support is None else problem.reading.matrix(grid.support.astype(np.float64)) > 0
+    codes, errors = round_compensated(weight, Levels(scale, zero, grid.lowest, grid.highest, support, grid.least), parts)
     return problem.reading.stored(codes.astype(np.float64)).astype(np.int16), errors
 
 

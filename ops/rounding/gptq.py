@@ -28,6 +28,10 @@ LARGEST_BLOCK = 6144
 BLOCK = 64
 """Columns between two matrix products; within them errors are passed on one column at a time."""
 
+_DECIDED = 8
+"""Columns of which the ones that stay are decided together: with more, errors that are passed on within them come too late; with fewer, as
+many have to stay of each as before."""
+
 _ENTRIES = 1 << 20
 """Entries of a weight that are worked on at once: outputs do not depend on each other."""
 
@@ -56,17 +60,23 @@ class Feedback:
 class Levels:
     """A uniform grid for a weight (groups, m, n): value = (code − zero)·scale, with code in lowest…highest.
 
+    With a support, codes of other entries are zero, and those within it are `least` or more in magnitude.
+
     Attributes:
         scale: broadcastable to the weight, any float type.
         zero: the same.
         lowest: the smallest code.
         highest: the largest code.
+        support: (groups, m, n), which entries are not zero; None where any may be. Only where `zero` is 0.
+        least: the smallest magnitude of a code in the support.
     """
 
     scale: NDArray[np.floating[Any]]
     zero: NDArray[np.floating[Any]]
     lowest: int
     highest: int
+    support: NDArray[np.bool_] | None = None
+    least: int = 0
 
 
 def feedback(moment: Moment, entries: int = 1) -> tuple[Feedback, ...]:
@@ -125,7 +135,8 @@ def round_compensated(weight: Float64, levels: Levels, parts: tuple[Feedback, ..
         index = part.order[:, :, None]
         for rows in row_chunks(weight.shape):
             target, scale, zero = (taken(each, weight.shape, rows, index) for each in (weight, levels.scale, levels.zero))
-            found, error = _round_columns(target, scale, zero, (levels.lowest, levels.highest), part)
+            support = None if levels.support is None else taken(levels.support, weight.shape, rows, index) > 0
+            found, error = _round_columns(target, scale, zero, support, levels, part)
             np.put_along_axis(codes[:, rows].transpose(0, 2, 1), index, found, 1)
             errors[:, rows] += error
     return codes, errors
@@ -138,28 +149,55 @@ def row_chunks(shape: tuple[int, ...]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, m, step))
 
 
-def taken(array: NDArray[np.floating[Any]], shape: tuple[int, ...], rows: slice, index: NDArray[np.int64]) -> Float32:
+def taken(array: NDArray[np.floating[Any]] | NDArray[np.bool_], shape: tuple[int, ...], rows: slice, index: NDArray[np.int64]) -> Float32:
     """Some outputs of an array that broadcasts to (groups, m, n), as (groups, k, rows): inputs in the order of `index` (groups, k, 1)."""
     part = np.broadcast_to(array, shape)[:, rows].transpose(0, 2, 1)
     return np.asarray(np.clip(np.take_along_axis(part, index, 1), -_LIMIT, _LIMIT), np.float32)
 
 
 def _round_columns(
-    weight: Float32, scale: Float32, zero: Float32, bounds: tuple[int, int], part: Feedback
+    weight: Float32, scale: Float32, zero: Float32, support: NDArray[np.bool_] | None, levels: Levels, part: Feedback
 ) -> tuple[NDArray[np.int16], Float64]:
-    """Codes (groups, k, rows) and errors (groups, rows) of inputs in order; weight, scale and zero are (groups, k, rows), too."""
+    """Codes (groups, k, rows) and errors (groups, rows) of inputs in order; weight, scale, zero and support are (groups, k, rows), too."""
     codes, lost, errors = np.empty(weight.shape, np.int16), np.empty_like(weight), np.zeros(weight[:, 0].shape)
     for start in range(0, weight.shape[1], BLOCK):
         stop = min(start + BLOCK, weight.shape[1])
         target = weight[:, start:stop] + part.shares[:, :start, start:stop].transpose(0, 2, 1) @ lost[:, :start]
         for k in range(start, stop):
             wanted = target[:, k - start]
-            code = (np.rint(wanted / scale[:, k]) + zero[:, k]).clip(*bounds)
+            code = np.rint(wanted / scale[:, k])
+            if support is not None:
+                if (k - start) % _DECIDED == 0:
+                    few = slice(k, min(stop, k + _DECIDED))
+                    kept = _kept(target[:, k - start : few.stop - start], scale[:, few], support[:, few], levels, part.costs[:, few])
+                code = np.copysign(np.maximum(np.abs(code), levels.least), wanted) * kept[:, k - few.start]
+            code = (code + zero[:, k]).clip(levels.lowest, levels.highest)
             value = (code - zero[:, k]) * scale[:, k]
             codes[:, k], lost[:, k] = code, weight[:, k] - value
             errors += part.costs[:, k, None] * np.square(wanted - value, dtype=np.float64)
             target[:, k + 1 - start :] += part.shares[:, k, k + 1 : stop, None] * lost[:, k, None, :]
     return codes, errors
+
+
+def _kept(target: Float32, scale: Float32, support: NDArray[np.bool_], levels: Levels, costs: Float64) -> NDArray[np.bool_]:
+    """Which inputs of a block stay: as many as the support has there, those that take away most of the error.
+
+    What inputs before them have lost has changed what is wanted since the support was chosen (SparseGPT, section 3.3).
+
+    Args:
+        target: what is wanted of the block, (groups, k, rows).
+        scale: of the same shape.
+        support: of the same shape.
+        levels: the grid.
+        costs: of squared errors, (groups, k).
+    """
+    wanted, count = np.abs(target), int(support.sum())
+    value = np.clip(np.rint(wanted / scale), levels.least, levels.highest) * scale
+    gained = (costs[:, :, None] * (value * (2 * wanted - value))).reshape(-1)
+    kept = np.zeros(gained.shape, np.bool_)
+    if count:
+        kept[np.argpartition(gained, -count)[-count:]] = True
+    return kept.reshape(support.shape)
 
 
 def compensation(weight: Float64, moment: Moment) -> float:

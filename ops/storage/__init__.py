@@ -11,11 +11,12 @@ from .nbits import NBITS
 from .planes import PLANES
 from .requantize import requantize, requantized
 from .rows import ROW_NIBBLES
+from .sparse import SPARSE
 from .table import Table
 from .uniform import UNIFORM
 from .vector import VECTORS
 
-_EVERY: tuple[Storage, ...] = (SAME, HALF, *UNIFORM, INT4_NATIVE, *PLANES, *CODEBOOKS, *VECTORS, ROW_NIBBLES, *NBITS)
+_EVERY: tuple[Storage, ...] = (SAME, HALF, *UNIFORM, INT4_NATIVE, *PLANES, *SPARSE, *CODEBOOKS, *VECTORS, ROW_NIBBLES, *NBITS)
 
 STORAGES: dict[str, Storage] = {storage.name: storage for storage in _EVERY}
 """Every storage, by the name that plans and reports use. To add one: write its file, list it here."""

@@ -16,6 +16,8 @@ _CHUNK = 1 << 18
 class Grid:
     """Uniform levels: value = (code − zero) · scale, with code in lowest…highest.
 
+    Where there is a support, codes outside of it are zero, and those within are `least` or more in magnitude.
+
     Attributes:
         scale: positive float32, broadcastable to the array: exactly what the decoder will multiply by.
         zero: float32 integers within lowest…highest, broadcastable to the array; zeros where the grid is symmetric.
@@ -25,6 +27,8 @@ class Grid:
         stored: scales (and zeros) as they are packed. Only the storage that made the grid reads them, so a grid with another `scale`
             cannot be packed.
         next_coarser: makes the grid of the next larger step; None where codes of any grid fit.
+        support: of the array's shape, which entries are not zero; None where any may be. Only for symmetric grids.
+        least: the smallest magnitude of a code in the support.
     """
 
     scale: NDArray[np.float32]
@@ -34,6 +38,8 @@ class Grid:
     axis: int = 0
     stored: tuple[NDArray[np.generic], ...] = ()
     next_coarser: Callable[[], Grid] | None = None
+    support: NDArray[np.bool_] | None = None
+    least: int = 0
 
     def nearest(self, values: NDArray[np.generic]) -> NDArray[np.int16]:
         """Codes of the levels that are nearest to the values; beyond the ends, those of the outermost levels."""
@@ -48,6 +54,8 @@ class Grid:
             np.rint(rounded, out=rounded)
             if shifted:
                 rounded += zero[part]
+            if self.support is not None:
+                rounded = np.copysign(np.maximum(np.abs(rounded), self.least), rounded) * self.support[part]
             codes[part] = np.clip(rounded, self.lowest, self.highest, out=rounded)
         return codes
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from intaglio.ops.emit import Spec
 from intaglio.ops.storage import STORAGES
 from intaglio.ops.storage.planes import Planes
-from intaglio.passes.latent import Latent, Levelled, Rounded, latent_of, scattered, settled, within_cells
+from intaglio.passes.latent import Latent, Levelled, Rounded, Supported, latent_of, scattered, settled, within_cells
 from tests.models import Array, normal
 
 SHAPES = ((6, 5, 3, 3), (7, 40), (40, 7), (33,))
@@ -136,13 +136,27 @@ def test_the_codes_that_are_shortened_lose_least_for_the_bits_they_save() -> Non
     assert list(np.flatnonzero(found != codes)) == [place]
 
 
+@pytest.mark.parametrize("name", ["sparse50-int3", "sparse75-int1", "sparse90-int4"])
+def test_zeros_of_sparse_arrays_stay_zeros_and_nothing_joins_them(name: str) -> None:
+    """Wherever values go; gradients reach the others alone."""
+    latent, packed, spec = stored(name, (6, 5, 3, 3), 0)
+    assert isinstance(latent, Supported)
+    zero = STORAGES[name].decode(packed, spec) == 0
+    for spread in (0.0, 3.0):
+        moved = np.float32(spread * latent.unit()) * normal(1, len(latent.start))
+        np.testing.assert_array_equal(projected(latent, moved) == 0, zero)
+    gradient, out = normal(2, *latent.shape), np.empty(len(latent.start), np.float32)
+    latent.pull(gradient, out)
+    np.testing.assert_array_equal(out.reshape(spec.shape), np.where(zero, 0, gradient))
+
+
 def test_other_types_than_float32_are_left_alone() -> None:
     spec = Spec((4, 4), np.dtype(np.float16))
     packed = STORAGES["int8"].encode(normal(0, 4, 4).astype(np.float16), 0)
     assert latent_of("int8", packed, spec, 0) == "a weight of float16: only float32 is tuned"
 
 
-@pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "planes2.0", "kmeans3", "nbits4-b32"])
+@pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "planes2.0", "sparse75-int3", "kmeans3", "nbits4-b32"])
 def test_a_start_within_the_cells_is_as_stored_and_nearer_to_the_aim(name: str) -> None:
     latent, packed, spec = stored(name, (6, 40), 0)
     assert isinstance(latent, (Rounded, Levelled))

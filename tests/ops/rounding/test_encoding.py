@@ -45,7 +45,9 @@ def error(name: str, task: Problem, packed: tuple[Array, ...]) -> float:
 @settings(max_examples=60, deadline=None)
 @given(
     st.sampled_from(sorted(LAYOUTS)),
-    st.sampled_from(["int8", "int4", "int3", "int2", "ternary", "int4-asym", "int3-b32", "int4-pow2", "int2-b32-dq", "fp16", *TABLES]),
+    st.sampled_from(
+        ["int8", "int4", "int3", "int2", "ternary", "int4-asym", "int3-b32", "int4-pow2", "int2-b32-dq", "fp16", "sparse50-int3", *TABLES]
+    ),
     st.sampled_from(["float32", "float16", "float64"]),
     st.integers(0, 2**16),
 )

@@ -91,6 +91,52 @@ def test_without_correlations_it_is_rounding_to_nearest(groups: int, m: int, n: 
     np.testing.assert_array_equal(codes[~near_tie], nearest(weight, levels)[~near_tie])
 
 
+def kept(weight: Array, share: float) -> Array:
+    """Where the largest entries of a weight are."""
+    return np.asarray(np.abs(weight) >= np.quantile(np.abs(weight), 1 - share))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 3), st.integers(1, 6), st.integers(1, 150), st.integers(1, 4), st.floats(0.02, 1), SEEDS)
+def test_as_many_entries_stay_as_the_support_has(groups: int, m: int, n: int, least: int, share: float, seed: int) -> None:
+    """Which ones may change; codes of the others are zero, theirs never; and the error is that of the codes."""
+    weight, moment = normal(seed, groups, m, n).astype(np.float64), moment_of(seed, groups, n)
+    support, most = kept(weight, share), least + 3
+    levels = Levels(np.full((1, 1, 1), 2 / most), np.zeros((1, 1, 1)), -most, most, support, least)
+    codes, errors = round_compensated(weight, levels, feedback(moment))
+    assert np.count_nonzero(codes) == np.count_nonzero(support)
+    assert np.abs(codes[codes != 0]).min() >= least
+    assert np.abs(codes).max() <= most
+    lost = weight - values(codes, levels)
+    expected = np.einsum("gmn,gmn->gm", moment.regularized(RIDGE).times(lost), lost)
+    np.testing.assert_allclose(errors, expected, rtol=1e-3, atol=SINGLE * expected.max())
+
+
+def test_a_support_of_all_entries_is_none() -> None:
+    """With levels from zero on, nothing is left that a support changes."""
+    weight, moment = normal(1, 2, 5, 90).astype(np.float64), moment_of(2, 2, 90)
+    plain = symmetric(weight, 7)
+    whole = Levels(plain.scale, plain.zero, -7, 7, np.ones(weight.shape, bool))
+    for one, other in zip(
+        round_compensated(weight, plain, feedback(moment)), round_compensated(weight, whole, feedback(moment)), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_what_is_dropped_is_made_up_for() -> None:
+    """Against the same number of nearest codes that are dropped by magnitude times cost: at least a third of the error goes."""
+    found = plain = 0.0
+    for seed in range(4):
+        weight, moment = normal(seed, 1, 32, 96).astype(np.float64), moment_of(seed, 1, 96, 60)
+        support = kept(weight * np.sqrt(moment.diag[:, None, :]), 0.5)
+        levels = Levels(np.full((1, 1, 1), 0.3), np.zeros((1, 1, 1)), -8, 8, support, 1)
+        codes, _ = round_compensated(weight, levels, feedback(moment))
+        dropped = np.copysign(np.clip(np.rint(np.abs(weight) / 0.3), 1, 8), weight) * support
+        found += moment.energy(weight, values(codes, levels))
+        plain += moment.energy(weight, values(dropped, levels))
+    assert found < 0.67 * plain
+
+
 def test_it_is_near_the_best_of_all_integers() -> None:
     """All 3⁷ choices for a row: over many rows compensation takes away at least half of what nearest rounding loses beyond the optimum."""
     every = np.array(list(itertools.product([-1.0, 0.0, 1.0], repeat=7)))

@@ -14,12 +14,13 @@ from intaglio.ops.storage import Storage, is_scalar
 from intaglio.ops.storage.codebook import CODEBOOKS
 from intaglio.ops.storage.native import INT4_NATIVE
 from intaglio.ops.storage.planes import PLANES
+from intaglio.ops.storage.sparse import SPARSE
 from intaglio.ops.storage.uniform import UNIFORM
 from intaglio.ops.storage.vector import VECTORS
 from tests.ops.running import Array, emitter_for, normal, run
 from tests.ops.storage.round_trip import DTYPES, check_folds, check_integers, check_layout, check_round_trip
 
-PACKED: tuple[Storage, ...] = (*UNIFORM, INT4_NATIVE, *PLANES, *CODEBOOKS, *VECTORS)
+PACKED: tuple[Storage, ...] = (*UNIFORM, INT4_NATIVE, *PLANES, *SPARSE, *CODEBOOKS, *VECTORS)
 SHAPES = st.lists(st.integers(1, 7), min_size=1, max_size=5).map(tuple)
 SEEDS = st.integers(0, 2**16)
 
