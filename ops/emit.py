@@ -197,6 +197,15 @@ def _node(op_type: str, inputs: Sequence[str], output: str, domain: str, attribu
     return node
 
 
+def fresh_name(name: str, taken: set[str]) -> str:
+    """The name, or one like it that is not taken; it is taken from then on."""
+    found, count = name, 1
+    while found in taken:
+        found, count = f"{name}_{count}", count + 1
+    taken.add(found)
+    return found
+
+
 def ints_attribute(values: Sequence[int]) -> TensorProto:
     """A one-dimensional int64 tensor for an attribute, in its shortest form; `Constant <value: tensor = @name>` reads it in any opset."""
     return TensorProto(dims=[len(values)], data_type=TensorProto.INT64, int64_data=values)

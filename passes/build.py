@@ -36,6 +36,7 @@ from .price import packed_noise
 from .ranges import METHODS, Range, collect
 from .refit import channel_orders, channels_of, cut_weight, fit_pruned, kept_channels, match_pruned, original_moments
 from .regions import Carrier
+from .renormalize import renormalized
 from .rewrite import Fragment, as_dense, declines, fragment, ghosts, spooled
 from .sites import Site
 from .targets import TARGETS
@@ -111,7 +112,8 @@ def fit_forms(job: Job, forms: Mapping[str, Form], *, keep: bool = False, match:
     for stage in progress(stages, "Fitting", len(stages)):
         with job.clock.phase("fit"):
             fitting.fit(stage)
-    return fitting.result
+    with job.clock.phase("fit"):
+        return fitting.result()
 
 
 def finish(job: Job, forms: Mapping[str, Form], fitted: Fitted) -> Model:
@@ -186,10 +188,10 @@ class _Fitting:
         self._pending = {site.name: site for site in self.chosen}
         self._partners = partners_of(job)
 
-    @property
     def result(self) -> Fitted:
-        """What is fitted so far."""
-        return Fitted(self._fragments, self._cuts, self._packed)
+        """What is fitted, with the statistics of normalizations behind it."""
+        constants = renormalized(self.job, self._current, self._changed(), self._cuts) if self.match else {}
+        return Fitted(self._fragments, self._cuts, self._packed, constants)
 
     def cut(self) -> None:
         """Fit the pruned sites on inputs from the original model; from here on the model has fewer channels."""
@@ -236,9 +238,7 @@ class _Fitting:
 
     def _pairs(self, stage: Sequence[Site]) -> dict[str, tuple[Pair, ...]]:
         """How the inputs of those sites of a stage that what is fitted so far has changed go with the original's."""
-        job, fragments = self.job, self._fragments
-        changed = {site.anchor for site in self.chosen if site.name in fragments}
-        changed = downstream(job.model.proto, changed.union(*(part.changes for part in fragments.values())))
+        job, changed = self.job, self._changed()
         first, *_ = levels(job.model.proto, stage)
         moved = [site for site in first if matchable(site) and FAMILIES[site.use.key].activation(site.use)[0] in changed]
         paired = [self._paired(site) for site in moved]
@@ -250,6 +250,12 @@ class _Fitting:
         self._prefix.move(self._current, pending, wanted)
         seed = job.settings.seed
         return calibrate_pairs(self._original, self._prefix, paired, job.shapes, job.calibration, seed=seed, folds=FOLDS)
+
+    def _changed(self) -> set[str]:
+        """Values of the main graph that what is fitted so far has changed."""
+        fragments = self._fragments
+        anchors = {site.anchor for site in self.chosen if site.name in fragments}
+        return downstream(self.job.model.proto, anchors.union(*(part.changes for part in fragments.values())))
 
     def _unsettled(self) -> set[str]:
         """Values of the main graph that the sites yield which are still to be fitted, or that their fragments compute on the way.

@@ -53,13 +53,17 @@ class SizeFacts:
 
 @dataclass(frozen=True)
 class LatencyFacts:
-    """End-to-end latency of one run, measured in alternation; the ratio's quartiles are those of single pairs."""
+    """End-to-end latency of one run, measured in alternation; the ratio's quartiles are those of single pairs.
+
+    Where a late result was measured once more, `ratio` is the geometric mean of the measurements' own `ratios`, by their pairs.
+    """
 
     reference_s: float
     candidate_s: float
     ratio: float
     ratio_low: float
     ratio_high: float
+    ratios: tuple[float, ...]
     pairs: int
     providers: tuple[str, ...]
     threads: int
@@ -73,6 +77,7 @@ class LatencyFacts:
             latency.ratio,
             latency.ratio_low,
             latency.ratio_high,
+            latency.ratios,
             latency.pairs,
             providers,
             threads,
@@ -254,7 +259,7 @@ class SiteFacts:
 
 @dataclass(frozen=True)
 class SkipFacts:
-    """A weight that no form may touch, with the reason."""
+    """A weight that no form may touch, or a normalization whose statistics stay, with the reason."""
 
     name: str
     reason: str
@@ -395,6 +400,8 @@ class Report:
         canonicalization: what was simplified before.
         sites: every weight that could change.
         carriers: operators without weights that run in integers.
+        floors: by value, below which a Clip lifts the scores that a Softmax reads.
+        normalizations: those whose stored statistics must stay, with the reason; others may have been re-estimated.
         skipped: every weight that could not.
         seconds: wall time per phase.
     """
@@ -418,6 +425,8 @@ class Report:
     canonicalization: CanonicalReport
     sites: tuple[SiteFacts, ...]
     carriers: tuple[str, ...]
+    floors: Mapping[str, float]
+    normalizations: tuple[SkipFacts, ...]
     skipped: tuple[SkipFacts, ...]
     seconds: Mapping[str, float]
 

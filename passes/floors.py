@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import numpy as np
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-from .graph import STANDARD, ValueIndex, all_names, fresh_name
+from intaglio.ops.emit import fresh_name
+
+from .graph import STANDARD, ValueIndex, all_names
 from .model import Model
 from .rewrite import OPTIONAL_INPUT_IR
 

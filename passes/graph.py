@@ -240,15 +240,6 @@ def all_names(proto: ModelProto) -> set[str]:
     return names
 
 
-def fresh_name(name: str, taken: set[str]) -> str:
-    """The name, or one like it that is not taken; it is taken from then on."""
-    found, count = name, 1
-    while found in taken:
-        found, count = f"{name}_{count}", count + 1
-    taken.add(found)
-    return found
-
-
 def constant_tensors(proto: ModelProto) -> dict[str, TensorProto]:
     """Initializers and the tensors of Constant nodes in the main graph, by the names of their values."""
     found = {tensor.name: tensor for tensor in proto.graph.initializer}

@@ -23,10 +23,10 @@ from dataclasses import dataclass
 import numpy as np
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
-from intaglio.ops.emit import Emitter, Program, Target
+from intaglio.ops.emit import Emitter, Program, Target, fresh_name
 
 from .canonicalize import remove_dead
-from .graph import STANDARD, ValueIndex, all_names, fresh_name
+from .graph import STANDARD, ValueIndex, all_names
 from .model import Model
 from .ranges import Range
 from .regions import (

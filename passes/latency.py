@@ -55,25 +55,60 @@ class Timing:
     samples_s: NDArray[Any]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PairedLatency:
-    """Two models' latency, measured in alternation.
+    """Two models' latency, measured in alternation, once or more often.
 
     Attributes:
-        reference_s: median seconds of one run of the reference.
-        candidate_s: median seconds of one run of the candidate.
-        ratio: candidate_s / reference_s.
-        ratio_low: lower quartile of the ratio within a pair.
-        ratio_high: upper quartile of the ratio within a pair.
-        pairs: how many pairs were measured.
+        measurements: (pairs, 2) float64 each: seconds of one run of the reference and of the candidate, averaged over the repetitions of
+            each pair.
     """
 
-    reference_s: float
-    candidate_s: float
-    ratio: float
-    ratio_low: float
-    ratio_high: float
-    pairs: int
+    measurements: tuple[NDArray[np.float64], ...]
+
+    def __add__(self, other: PairedLatency) -> PairedLatency:
+        return PairedLatency((*self.measurements, *other.measurements))
+
+    @property
+    def pairs(self) -> int:
+        """How many pairs were measured."""
+        return sum(map(len, self.measurements))
+
+    @property
+    def reference_s(self) -> float:
+        """Median seconds of one run of the reference."""
+        return float(np.median(np.concatenate(self.measurements)[:, 0]))
+
+    @property
+    def candidate_s(self) -> float:
+        """Median seconds of one run of the candidate."""
+        return float(np.median(np.concatenate(self.measurements)[:, 1]))
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Of each measurement, the ratio of the two medians. A machine may be faster in one than in another, but both models were in it."""
+        return tuple(float(second / first) for first, second in (np.median(each, 0) for each in self.measurements))
+
+    @property
+    def ratio(self) -> float:
+        """Geometric mean of the measurements' ratios, by their pairs: candidate_s / reference_s of a single one."""
+        if len(self.ratios) == 1:
+            return self.ratios[0]
+        return float(np.exp(np.average(np.log(self.ratios), weights=[len(each) for each in self.measurements])))
+
+    @property
+    def ratio_low(self) -> float:
+        """Lower quartile of the ratio within a pair."""
+        return self._quantile(0.25)
+
+    @property
+    def ratio_high(self) -> float:
+        """Upper quartile of the ratio within a pair."""
+        return self._quantile(0.75)
+
+    def _quantile(self, share: float) -> float:
+        first, second = np.concatenate(self.measurements).T
+        return float(np.quantile(second / first, share))
 
 
 def measure(
@@ -139,16 +174,7 @@ def compare_models(
         for model in (reference, candidate)
     ]
     first, second = measure([session.bind(feed) for session in sessions], rounds=pairs, seed=seed)
-    ratios = second.samples_s / first.samples_s
-    low, high = np.quantile(ratios, (0.25, 0.75))
-    return PairedLatency(
-        reference_s=first.median_s,
-        candidate_s=second.median_s,
-        ratio=second.median_s / first.median_s,
-        ratio_low=float(low),
-        ratio_high=float(high),
-        pairs=pairs,
-    )
+    return PairedLatency((np.stack([first.samples_s, second.samples_s], axis=1),))
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,7 @@ from .partners import partners_of
 from .pipeline import Outcome
 from .plan import Candidate, Plan
 from .price import SizePricer
+from .renormalize import find_normalizations
 from .rewrite import channel_axes
 from .save import save
 from .sites import Site, Skip
@@ -117,6 +118,8 @@ def report(outcome: Outcome) -> Report:
         canonicalization=job.canonicalization,
         sites=_sites(outcome),
         carriers=tuple(name for name, form in plan.forms.items() if form == CARRIED),
+        floors=dict(job.floors),
+        normalizations=skip_facts(find_normalizations(job.model)[1]),
         skipped=skip_facts((*job.sites.skipped, *job.excluded)),
         seconds=dict(job.clock.seconds),
     )

@@ -6,6 +6,7 @@ The source is parsed, not imported, so a forbidden import inside a function is f
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from importlib.util import resolve_name
@@ -108,3 +109,9 @@ def test_every_package_has_an_init_file() -> None:
 @pytest.mark.parametrize("layer", LAYERS)
 def test_layer_is_linked_into_the_package(layer: str) -> None:
     assert (ROOT / "intaglio" / layer).readlink() == Path("..", layer)
+
+
+def test_the_architecture_names_every_pass() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    unnamed = {path.name for path in (ROOT / "passes").glob("*.py") if not re.search(rf"(?<![a-z_]){re.escape(path.name)}", text)}
+    assert unnamed == {"__init__.py"}

@@ -186,9 +186,15 @@ def _totals(report: Report) -> str:
     lines = [] if report.task is None else _task_lines(report.task)
     if report.skipped:
         lines.append(f"{len(report.skipped)} other weights are left alone; `intaglio inspect` says why.")
+    if report.floors:
+        values = "1 value" if len(report.floors) == 1 else f"{len(report.floors)} values"
+        lines.append(f"Masked scores are clipped in front of Softmax ({values}): no output changes, and the model is faster for it.")
     for number, each in enumerate(report.rounds, 1):
         note = "; interrupted, so the last round is not tuned" if each.interrupted else ""
         lines.append(f"Round {number}: {each.size_bytes:,} B, divergence {each.before:.3g} → {each.after:.3g} on choose samples{note}.")
+    if report.latency is not None and len(report.latency.ratios) > 1:
+        ratios = " and ".join(f"{ratio:.3f}" for ratio in report.latency.ratios)
+        lines.append(f"It came out late and was measured once more: latency ratios {ratios}; both count.")
     if report.tuning is not None:
         lines.append(_tuning_line(report.tuning))
     if report.solver is not None:

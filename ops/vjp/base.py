@@ -14,6 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import NodeProto, TensorProto, helper
 
+from ..emit import fresh_name
+
 MIN_OPSET = 18
 """The oldest default-domain opset that rules emit for."""
 
@@ -85,11 +87,7 @@ class Names:
 
     def fresh(self, stem: str) -> str:
         """A new name that begins with `stem`."""
-        name, count = stem, 1
-        while name in self.taken:
-            name, count = f"{stem}_{count}", count + 1
-        self.taken.add(name)
-        return name
+        return fresh_name(stem, self.taken)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from onnx import numpy_helper, parser
 from intaglio.passes import latency
 from intaglio.passes.cache import Cache
 from intaglio.passes.errors import InputError
-from intaglio.passes.latency import MicroBench, compare_models, measure, random_feed, structure
+from intaglio.passes.latency import MicroBench, PairedLatency, compare_models, measure, random_feed, structure
 
 
 def matmul(width: int, *, value: float = 1.0, weight: str = "W") -> onnx.ModelProto:
@@ -54,6 +54,18 @@ def test_compare_models_gives_a_ratio_and_its_spread(tmp_path):
     same = compare_models(matmul(1024), matmul(1024), {"x": np.ones((64, 64), np.float32)}, pairs=31)
     assert same.ratio_low < 1.5  # quartiles, and wide: other work on the machine must not fail this
     assert same.ratio_high > 1 / 1.5
+
+
+def test_measurements_are_pooled_by_their_pairs():
+    """The machine was twice as fast in one of them: what each says of the two models counts, not how fast it was."""
+    fast, slow = np.tile([1e-3, 0.5e-3], (30, 1)), np.tile([2e-3, 1.6e-3], (10, 1))
+    both = PairedLatency((fast,)) + PairedLatency((slow,))
+    assert both.ratios == pytest.approx((0.5, 0.8))
+    assert both.ratio == pytest.approx(0.5**0.75 * 0.8**0.25)
+    assert both.pairs == 40
+    assert (both.reference_s, both.candidate_s) == (1e-3, 0.5e-3)
+    assert (both.ratio_low, both.ratio_high) == pytest.approx((0.5, 0.575))
+    assert PairedLatency((slow,)).ratio == PairedLatency((slow,)).candidate_s / 2e-3
 
 
 def test_compare_models_refuses_a_feed_that_does_not_fit():

@@ -313,7 +313,7 @@ def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
         )
         looked_up = operators(model.proto)["Gather"] > 1
         ratio = 0.45 if narrow or looked_up else 1.0
-        return PairedLatency(1e-2, ratio * 1e-2, ratio, ratio, ratio, 1)
+        return PairedLatency((np.array([[1e-2, ratio * 1e-2]]),))
 
     monkeypatch.setattr(LatencyPricer, "pair", pair)
     monkeypatch.setattr(LatencyPricer, "reference", lambda *_: 1e-3)
@@ -321,7 +321,7 @@ def narrow_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LatencyPricer, "calibrate_integers", lambda *_: None)
     monkeypatch.setattr(LatencyPricer, "carry", lambda *_: -1e-5)
     monkeypatch.setattr(LatencyPricer, "boundary", lambda *_: (1e-5, 1e-5))
-    for module in ("pipeline", "search", "within"):
+    for module in ("search", "within"):
         monkeypatch.setattr(f"intaglio.passes.{module}.latency_of", whole)
     monkeypatch.setattr("intaglio.passes.pipeline.measure_loading", lambda *_, **__: Loading(1e-3, 1000))
 
@@ -394,12 +394,12 @@ def test_a_model_that_comes_out_late_is_built_again_with_less_time(monkeypatch: 
 def test_only_lateness_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that is too slow and too far off is not."""
     job, menu = analysed()
-    slow = PairedLatency(1e-2, 2e-2, 2.0, 2.0, 2.0, 1)
-    monkeypatch.setattr(pipeline, "latency_of", lambda *_: slow)
+    slow = PairedLatency((np.array([[1e-2, 2e-2]]), np.array([[1e-2, 1.5e-2]])))
+    monkeypatch.setattr(pipeline, "latency_verdict", lambda *_: slow)
     outcome = solve_and_build(job, menu, Request(size=0.5))
     base = replace(menu.base, latency_s=1e-2)
     plan = replace(outcome.plan, menu=replace(menu, base=base))
     for divergence, error in ((None, LateError), (1e-12, VerificationError)):
-        with pytest.raises(VerificationError) as caught:
+        with pytest.raises(VerificationError, match=r"latency ratio 1.732 \(measured: 2.000 and 1.500\)") as caught:
             verified(job, plan, Budget(latency_s=1e-2, divergence=divergence), outcome.model, 0.0, 0, timed=True)
         assert type(caught.value) is error

@@ -19,6 +19,7 @@ from intaglio.passes.floors import REACH
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.plan import read_plan, to_json
 from intaglio.passes.replan import plan_job, replan
+from intaglio.passes.report import report
 from intaglio.passes.rewrite import declines
 from intaglio.passes.scores import find_floors, floored
 from tests.models import Feed, normal, operators, optimized, parse, run
@@ -187,8 +188,9 @@ def test_a_plan_brings_its_floors_along(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text(to_json(plan), encoding="utf-8")
     again = read_plan(tmp_path / "plan.json")
     assert again.menu.floors == plan.menu.floors != {}
-    applied = apply_plan(job_of(attention()), again).model.proto
-    assert operators(applied)["Clip"] == 1
+    applied = apply_plan(job_of(attention()), again)
+    assert operators(applied.model.proto)["Clip"] == 1
+    assert report(applied).floors == plan.menu.floors
     smaller = replan(attention(), again, Request(size="0.8"))
     assert len(apply_plan(job_of(attention()), smaller).model.proto.SerializeToString()) <= 0.8 * len(attention().SerializeToString())
 

@@ -7,12 +7,14 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from intaglio.ops.form import UNCHANGED, Form
 from intaglio.passes import within
 from intaglio.passes.errors import InfeasibleError
 from intaglio.passes.job import Clock
+from intaglio.passes.latency import PairedLatency
 from intaglio.passes.plan import Candidate, Correction, Menu, Plan
 from intaglio.passes.within import Bracket, plan_within
 from intaglio.solver import Budget, Cost
@@ -150,3 +152,38 @@ def test_a_bracket_closes_in_on_the_factor_between_fast_and_slow_plans() -> None
     assert (bracket.fast, bracket.slow, bracket.closed) == (1.0, 4.0, False)
     bracket.add(3.99, fast=True)
     assert bracket.closed
+
+
+def judged(monkeypatch: pytest.MonkeyPatch, limit: float | None, *ratios: float) -> tuple[PairedLatency, list[float], int]:
+    """The verdict where comparisons come out at these ratios, the pauses that were made, and how many comparisons there were."""
+    left, pauses = list(ratios), list[float]()
+
+    def compared(*_: object, pairs: int, **__: object) -> PairedLatency:
+        return PairedLatency((np.tile([1.0, left.pop(0)], (pairs, 1)),))
+
+    monkeypatch.setattr(within, "compare_models", compared)
+    monkeypatch.setattr(within, "_sessions", lambda *_: (None, None))
+    monkeypatch.setattr(within.time, "sleep", pauses.append)
+    job: Any = SimpleNamespace(data=SimpleNamespace(first=lambda _: {}))
+    found = within.latency_verdict(job, Any, limit)
+    return found, pauses, len(ratios) - len(left)
+
+
+@pytest.mark.parametrize(
+    ("limit", "ratios", "kept", "pauses"),
+    [
+        (None, [0.9, 0.1], (0.9,), 0),
+        (0.5, [0.4, 0.1], (0.4,), 0),
+        (0.5, [0.6, 0.4, 0.1], (0.4,), 0),  # the longer measurement replaces the shorter one
+        (0.5, [0.6, 0.6, 0.4, 0.1], (0.6, 0.4), 1),
+        (0.5, [0.6, 0.6, 0.6, 0.1], (0.6, 0.6), 1),  # late is late: there is no third
+    ],
+)
+def test_a_late_model_is_measured_once_more_and_both_count(
+    monkeypatch: pytest.MonkeyPatch, limit: float | None, ratios: list[float], kept: tuple[float, ...], pauses: int
+) -> None:
+    found, paused, compared = judged(monkeypatch, limit, *ratios)
+    assert found.ratios == kept
+    assert found.ratio == pytest.approx(float(np.prod(kept)) ** (1 / len(kept)))
+    assert paused == [2.0] * pauses
+    assert compared == len(ratios) - 1
