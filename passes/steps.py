@@ -24,7 +24,7 @@ Float32 = NDArray[np.float32]
 Packed = tuple[NDArray[np.generic], ...]
 _Entry = TypeVar("_Entry", bound=np.generic)
 
-UNIT = 0.3
+UNIT = 0.1
 """What counts as a large change of a scale, as a share of it."""
 
 _REACH = 4.0
