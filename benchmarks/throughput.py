@@ -349,7 +349,7 @@ def main(
     except IntaglioError as error:
         raise SystemExit(f"error: {error}") from error
     job = replace(job, calibration=replace(job.calibration, threads=threads))
-    student = make_student(job, plan.forms, fitted)
+    student = make_student(job, plan.forms, fitted, scales=False)  # PyTorch's half keeps the grids
     with threadpool_limits(limits=threads, user_api="blas"):
         half = OurHalf(job, student, batch)
         half.scatter()

@@ -4,18 +4,21 @@ A *latent* is a flat array of floats. `project` gives the values that a model wi
 grid that will be written; `pull` carries a gradient with respect to these values back. Rounding is passed straight through (Bengio et
 al., "Estimating or propagating gradients through stochastic neurons", 2013).
 
-- Uniform grids keep their steps: codes change, scales do not. Codes of variable width never outgrow their bytes; where they would, those go
-  towards zero that lose least for the bits they save.
+- On uniform grids codes change, and scales move (`passes.steps`). Codes of variable width never outgrow their bytes; where they would,
+  those go towards zero that lose least for the bits they save.
 - Sparse arrays keep their zeros where they are: no entry comes or goes, the others move between levels, across zero too.
-- Levels of a scalar codebook stay, and entries move between them. Centroids of vectors move, and indices stay.
+- Levels of a scalar codebook and its scales move, and entries move between levels. Centroids of vectors move, and indices stay.
 - Floats are what they are, half precision rounded.
+
+Values are the array's entries, then levels and scales if these are trained. The code of an entry follows from the grid of the start: where
+scales and levels move, all of their entries move along and none changes its code.
 
 Must not fire on: weights of another type than float32.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -25,9 +28,12 @@ from intaglio.ops.emit import Spec
 from intaglio.ops.storage import STORAGES, Grid, ScalarStorage, is_scalar
 from intaglio.ops.storage.codebook import Codebook
 from intaglio.ops.storage.packing import Bits
-from intaglio.ops.storage.planes import Code, Planes
+from intaglio.ops.storage.planes import Planes
 from intaglio.ops.storage.sparse import Sparse
 from intaglio.ops.storage.vector import Vectors
+
+from .shorten import shortened
+from .steps import UNIT, Steps, channel_steps, grid_of, sparse_grid, steps_of
 
 Float32 = NDArray[np.float32]
 Packed = tuple[NDArray[np.generic], ...]
@@ -53,8 +59,8 @@ class Latent(Protocol):
         """Of the projection."""
         ...
 
-    def unit(self) -> float:
-        """What counts as a large change of one value: the root mean square at the start."""
+    def unit(self) -> float | Float32:
+        """What counts as a large change of any value, or of each (n,): the root mean square at the start."""
         ...
 
     def project(self, values: Float32, out: Float32) -> None:
@@ -66,11 +72,13 @@ class Latent(Protocol):
         """
         ...
 
-    def pull(self, gradient: Float32, out: Float32) -> None:
+    def pull(self, values: Float32, array: Float32, gradient: Float32, out: Float32) -> None:
         """Write the gradient with respect to the values.
 
         Args:
-            gradient: `shape`.
+            values: (n,), as `project` left them.
+            array: `shape`, what the model computed with: the projection, perhaps rounded once more.
+            gradient: `shape`, with respect to it.
             out: (n,).
         """
         ...
@@ -100,13 +108,13 @@ class _Whole:
         """Its shape."""
         return self.array.shape
 
-    def unit(self) -> float:
+    def unit(self) -> float | Float32:
         """Of the array."""
         return _size(self.array)
 
-    def pull(self, gradient: Float32, out: Float32) -> None:
+    def pull(self, values: Float32, array: Float32, gradient: Float32, out: Float32) -> None:
         """Straight through."""
-        out[...] = gradient.reshape(-1)
+        out[: self.array.size] = gradient.reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,74 +140,152 @@ class Plain(_Whole):
 
 @dataclass(frozen=True, eq=False)
 class Rounded(_Whole):
-    """Codes on a uniform grid that stays as it is.
+    """Codes on a uniform grid, whose scales may move.
 
     Attributes:
         storage: of the codes.
-        grid: that they lie on.
+        grid: that the array was stored on.
+        steps: its scales; None where they stay.
     """
 
     storage: ScalarStorage
     grid: Grid
+    steps: Steps | None = None
+
+    @property
+    def start(self) -> Float32:
+        """The array itself, then the scales."""
+        return np.concatenate([self.array.reshape(-1), *([] if self.steps is None else [self.steps.start])])
+
+    def unit(self) -> float | Float32:
+        """Of the array, and of each scale."""
+        size = _size(self.array)
+        return size if self.steps is None else np.concatenate([np.full(self.array.size, size, np.float32), self.steps.unit()])
 
     def project(self, values: Float32, out: Float32) -> None:
-        """The nearest levels whose codes fit."""
-        out[...] = self.grid.values(self.codes(values))
+        """The nearest levels whose codes fit, on the scales as they are."""
+        count = self.array.size
+        codes = self.codes(values[:count])
+        if self.steps is None:
+            out[...] = self.grid.values(codes)
+        else:
+            np.multiply(codes - self.grid.zero, self.steps.spread(values[count:]), out=out)
 
-    def codes(self, values: Float32) -> NDArray[np.int16]:
-        """The codes of the values, of the array's shape."""
-        grid, shaped = self.grid, values.reshape(self.shape)
+    def codes(self, entries: Float32) -> NDArray[np.int16]:
+        """The codes of the array's entries, of its shape."""
+        grid, shaped = self.grid, entries.reshape(self.shape)
         np.clip(shaped, (grid.lowest - grid.zero) * grid.scale, (grid.highest - grid.zero) * grid.scale, out=shaped)
         codes = grid.nearest(shaped)
         return shortened(self.storage, grid, shaped, codes) if isinstance(self.storage, Planes) else codes
 
+    def pull(self, values: Float32, array: Float32, gradient: Float32, out: Float32) -> None:
+        """Straight through to entries; each scale gets the sum over those that it multiplies."""
+        super().pull(values, array, gradient, out)
+        count = self.array.size
+        if self.steps is not None:
+            self.steps.pull(values[count:], array, gradient, out[count:])
+
     def pack(self, values: Float32) -> Packed:
-        """The codes with the grid's scales."""
-        packed = self.storage.pack(self.codes(values), self.grid)
+        """The codes with the scales."""
+        count = self.array.size
+        packed = self.storage.pack(self.codes(values[:count]), self.grid)
         assert packed is not None  # `codes` fit
-        return packed
+        return packed if self.steps is None else self.steps.put(packed, values[count:])
 
 
 @dataclass(frozen=True, eq=False)
 class Supported(Rounded):
     """Codes on a uniform grid with a support, which stays: what is zero remains so, and what is not never becomes so."""
 
-    def pull(self, gradient: Float32, out: Float32) -> None:
+    def pull(self, values: Float32, array: Float32, gradient: Float32, out: Float32) -> None:
         """Straight through within the support; entries outside of it do not move."""
-        support = self.grid.support
-        assert support is not None
-        np.multiply(gradient, support, out=out.reshape(self.shape))
+        super().pull(values, array, gradient, out)
+        assert self.grid.support is not None
+        out[: self.array.size] *= self.grid.support.reshape(-1)
 
 
 @dataclass(frozen=True, eq=False)
 class Levelled(_Whole):
-    """Entries on the levels of a codebook, which stay.
+    """Entries on the levels of a codebook, which may move with its scales.
 
     Attributes:
         storage: the codebook.
-        packed: as stored.
-        scale: of each channel, broadcastable to the array.
+        packed: as stored: indices, ascending levels, scales.
+        steps: the scales; None where they and the levels stay.
     """
 
     storage: Codebook
     packed: Packed
-    scale: Float32
+    steps: Steps | None = None
+
+    @property
+    def start(self) -> Float32:
+        """The array itself, then levels, then scales."""
+        return np.concatenate([self.array.reshape(-1), *([] if self.steps is None else [self.levels, self.steps.start])])
+
+    @property
+    def levels(self) -> Float32:
+        """As stored."""
+        return self.packed[1].astype(np.float32)
+
+    @property
+    def scale(self) -> Float32:
+        """Of each channel as stored, broadcastable to the array."""
+        return self.packed[2].astype(np.float32)
+
+    def unit(self) -> float | Float32:
+        """Of the array, a share of that of the levels, and of each scale."""
+        size = _size(self.array)
+        if self.steps is None:
+            return size
+        sizes = ((self.array.size, size), (len(self.levels), UNIT * _size(self.levels)))
+        return np.concatenate([*(np.full(count, each, np.float32) for count, each in sizes), self.steps.unit()])
 
     def project(self, values: Float32, out: Float32) -> None:
-        """The nearest levels."""
-        levels = self.packed[1].astype(np.float32)
-        shaped = values.reshape(self.shape)
-        np.clip(shaped, levels[0] * self.scale, levels[-1] * self.scale, out=shaped)
-        np.multiply(levels[self._index(shaped)], self.scale, out=out)
+        """The nearest levels, as they are."""
+        entries, levels, scales = self._parts(values)
+        shaped, scale, stored = entries.reshape(self.shape), self.scale, self.levels
+        np.clip(shaped, stored[0] * scale, stored[-1] * scale, out=shaped)
+        multiplier = scale if self.steps is None else self.steps.spread(scales)
+        np.multiply(levels.astype(np.float32)[self._index(entries)], multiplier, out=out)
+
+    def pull(self, values: Float32, array: Float32, gradient: Float32, out: Float32) -> None:
+        """Straight through to entries; each level, and each scale, gets the sum over those that it stands for."""
+        super().pull(values, array, gradient, out)
+        if self.steps is not None:
+            entries, levels, scales = self._parts(values)
+            _, of_levels, of_scales = np.split(out, self._ends)
+            product = gradient * self.steps.spread(scales)
+            of_levels[...] = np.bincount(self._index(entries).reshape(-1), product.reshape(-1), len(levels))
+            self.steps.pull(scales, array, gradient, of_scales)
 
     def pack(self, values: Float32) -> Packed:
-        """Indices; levels and scales as they were."""
-        codes = self._index(values.reshape(self.shape)).astype(np.int16)
-        return Bits(self.storage.width).pack(codes), *self.packed[1:]
+        """Indices, levels and scales."""
+        entries, levels, scales = self._parts(values)
+        packed = (Bits(self.storage.width).pack(self._index(entries).astype(np.int16)), levels, *self.packed[2:])
+        return packed if self.steps is None else self.steps.put(packed, scales)
 
-    def _index(self, values: Float32) -> NDArray[np.int64]:
-        levels = self.packed[1].astype(np.float32)
-        return np.searchsorted((levels[1:] + levels[:-1]) / 2, values / self.scale)
+    @property
+    def _ends(self) -> tuple[int, int]:
+        """Where entries and levels end."""
+        return self.array.size, self.array.size + len(self.packed[1])
+
+    def _parts(self, values: Float32) -> tuple[Float32, NDArray[np.float16], Float32]:
+        """Entries, levels as they are written, and scales.
+
+        Levels that pass another are brought back to it, and those larger than twice the largest at the start to that.
+        """
+        entries, levels, scales = np.split(values, self._ends)
+        if self.steps is None:
+            return entries, np.asarray(self.packed[1], np.float16), scales
+        limit = 2 * np.abs(self.levels).max()
+        np.maximum.accumulate(np.clip(levels, -limit, limit, out=levels), out=levels)
+        return entries, levels.astype(np.float16), scales
+
+    def _index(self, entries: Float32) -> NDArray[np.int64]:
+        """The nearest levels at the start, of the array's shape."""
+        levels = self.levels
+        return np.searchsorted((levels[1:] + levels[:-1]) / 2, entries.reshape(self.shape) / self.scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -235,7 +321,7 @@ class Tabled:
         table = self._written(values).astype(np.float32).reshape(-1)
         np.multiply(table[self.places], self.scale, out=out)
 
-    def pull(self, gradient: Float32, out: Float32) -> None:
+    def pull(self, values: Float32, array: Float32, gradient: Float32, out: Float32) -> None:
         """Each centroid gets the sum over the entries that it stands for."""
         out[...] = np.bincount(self.places.reshape(-1), (gradient * self.scale).reshape(-1), len(out))
 
@@ -251,7 +337,7 @@ class Tabled:
         return values.reshape(table.shape).astype(np.float16)
 
 
-def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
+def latent_of(name: str, packed: Packed, spec: Spec, axis: int, *, scales: bool = True) -> Latent | str:
     """What can be trained of a stored array, or the reason why nothing can.
 
     Args:
@@ -259,17 +345,20 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
         packed: as the storage wrote it.
         spec: what it decodes to.
         axis: its channel axis.
+        scales: whether scales, and levels of scalar codebooks, are trained too.
     """
     if spec.dtype != np.float32:
         return f"a weight of {spec.dtype}: only float32 is tuned"
     storage = STORAGES[name]
     array = np.asarray(storage.decode(packed, spec), np.float32)
     if isinstance(storage, Sparse):
-        return Supported(array, storage, sparse_grid(storage, packed, spec, axis))
+        steps = channel_steps(packed, len(packed) - 1) if scales else None
+        return Supported(array, storage, sparse_grid(storage, packed, spec, axis), steps)
     if is_scalar(storage):
-        return Rounded(array, storage, grid_of(storage, packed, spec, axis))
+        steps = steps_of(storage, packed, spec, axis) if scales else None
+        return Rounded(array, storage, grid_of(storage, packed, spec, axis), steps)
     if isinstance(storage, Codebook):
-        return Levelled(array, storage, packed, packed[2].astype(np.float32))
+        return Levelled(array, storage, packed, channel_steps(packed, 2) if scales else None)
     if isinstance(storage, Vectors):
         return _tabled(storage, packed, spec)
     if len(packed) == 1 and packed[0].dtype.kind == "f":
@@ -277,26 +366,29 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int) -> Latent | str:
     return f"storage {name} cannot be tuned"
 
 
-def within_cells(latent: Latent, aim: Float32, stored: Float32 | None = None) -> Float32:
-    """Values as near to an aim as the array's levels allow: their projection is the array as it was stored, or another.
+def within_cells(latent: Rounded | Levelled, aim: Float32, stored: Float32 | None = None) -> Float32:
+    """Values with entries as near to an aim as the array's levels allow: their projection is the array as it was stored, or another.
 
     An optimizer that starts from the levels themselves moves nothing until, all at once, entries have gone half a step. So entries start
     where they would be without rounding, or as far that way as their level reaches.
 
     Args:
         latent: of entries that go to levels.
-        aim: (n,).
-        stored: (n,), a projection; that of `latent.start` if None.
+        aim: (entries,).
+        stored: (entries,), a projection with scales and levels of the start; the array as it was stored if None.
     """
-    stored, out = latent.start if stored is None else stored, np.empty(latent.shape, np.float32)
-    values = np.array(aim, np.float32)
+    start, out = latent.start, np.empty(latent.shape, np.float32)
+    stored = start[: out.size] if stored is None else stored
+    values = np.concatenate([aim, start[out.size :]])
+    entries = values[: out.size]
     for _ in range(_HALVINGS):
         latent.project(values, out)
         off = out.reshape(-1) != stored
         if not off.any():
             return values
-        values[off] = (values[off] + stored[off]) / 2
-    return stored.copy()
+        entries[off] = (entries[off] + stored[off]) / 2
+    entries[...] = stored
+    return values
 
 
 def settled(latent: Latent, values: Float32, start: Float32) -> Float32:
@@ -304,107 +396,33 @@ def settled(latent: Latent, values: Float32, start: Float32) -> Float32:
 
     An optimizer that has come to rest leaves entries that were torn between two levels right on the border, where the first large step
     would turn over all of them at once. Entries that are on the level where they began go back to where they began, others half the way
-    to their level.
+    to their level. Scales and levels stay where they are.
 
     Args:
         latent: of any kind; only entries that go to levels are moved.
         values: (n,).
-        start: (n,), where entries began.
+        start: (n,), where values began.
     """
     if not isinstance(latent, (Rounded, Levelled)):
         return values
-    here, before = (_projected(latent, each) for each in (values, start))
-    return within_cells(latent, np.where(here == before, start, (values + here) / 2), here)
+    count, found = latent.array.size, values.copy()
+    here, before = (_cells(latent, each[:count]) for each in (values, start))
+    found[:count] = within_cells(latent, np.where(here == before, start[:count], (values[:count] + here) / 2), here)[:count]
+    return found
 
 
-def _projected(latent: Latent, values: Float32) -> Float32:
-    """(n,): the projection, without a change to the values."""
+def _cells(latent: Rounded | Levelled, entries: Float32) -> Float32:
+    """(entries,): the projection with scales and levels of the start, without a change to the entries."""
     out = np.empty(latent.shape, np.float32)
-    latent.project(values.copy(), out)
+    latent.project(np.concatenate([entries, latent.start[out.size :]]), out)
     return out.reshape(-1)
 
 
 def scattered(latent: Rounded | Levelled, rng: np.random.Generator) -> Float32:
     """An aim for an array whose entries before rounding are not known: anywhere within half a step, or half a unit."""
-    step = latent.grid.scale if isinstance(latent, Rounded) else np.float32(latent.unit())
+    step = latent.grid.scale if isinstance(latent, Rounded) else np.float32(_size(latent.array))
     away = rng.uniform(-0.5, 0.5, latent.shape).astype(np.float32)
     return (latent.array + away * step).reshape(-1)
-
-
-def grid_of(storage: ScalarStorage, packed: Packed, spec: Spec, axis: int) -> Grid:
-    """The grid that packed arrays lie on.
-
-    Packed arrays are codes and then what the grid holds. So other codes are packed with it: those of all zeros and all ones decode to two
-    levels, which tell the steps and the zero points.
-    """
-    tiny = storage.grid(np.zeros((1,) * len(spec.shape), np.float32), 0)
-    if isinstance(storage, Planes):
-        scale = packed[2].astype(np.float32)
-        return Grid(scale, np.zeros((1,) * scale.ndim, np.float32), tiny.lowest, tiny.highest, axis, packed[2:])
-    holding = replace(tiny, stored=packed[1:], axis=axis)
-
-    def level(codes: NDArray[np.int16]) -> Float32:
-        written = storage.pack(codes, holding)
-        assert written is not None  # codes of fixed width always fit
-        return np.asarray(storage.decode(written, spec), np.float32)
-
-    low, high = (level(np.full(spec.shape, code, np.int16)) for code in (0, 1))
-    zero = np.rint(low / (low - high)).astype(np.int16)
-    side = np.where(zero < tiny.highest, np.int16(1), np.int16(-1))
-    scale = level(zero + side) * side  # one step from zero: exactly what the decoder multiplies by
-    steps, zeros = (_narrowed(part.astype(np.float32), axis) for part in (scale, zero))
-    return Grid(steps, zeros, tiny.lowest, tiny.highest, axis, packed[1:])
-
-
-def sparse_grid(storage: Sparse, packed: Packed, spec: Spec, axis: int) -> Grid:
-    """The grid of a sparse array, with its support, read off what was packed."""
-    least, scale, zero = int(packed[-2][0]), packed[-1].astype(np.float32), np.zeros((1,) * len(spec.shape), np.float32)
-    support = storage.codes(packed, spec.shape) != 0
-    most = storage.highest(least)
-    return Grid(scale, zero, -most, most, axis, packed[-2:], support=support, least=least)
-
-
-def _narrowed(part: Float32, axis: int) -> Float32:
-    """The same with length 1 along every axis but the given one, if it is constant there."""
-    first = part[tuple(slice(None) if i == axis else slice(1) for i in range(part.ndim))]
-    return np.ascontiguousarray(first if (part == first).all() else part)
-
-
-def shortened(storage: Planes, grid: Grid, values: Float32, codes: NDArray[np.int16]) -> NDArray[np.int16]:
-    """Codes that fit the storage's bytes: those that lose least per bit go to the next shorter code towards zero.
-
-    Args:
-        storage: says how many bytes there are.
-        grid: of the codes.
-        values: that they stand for, of any shape.
-        codes: the nearest ones; not changed.
-    """
-    room = 8 * storage.capacity(codes.shape) - 1
-    codes = codes.copy()
-    lengths, lowest, shorter = storage.code.lengths, storage.code.lowest, _shorter(storage.code)
-    flat, exact = codes.reshape(-1), (values / grid.scale).reshape(-1)
-    while (excess := storage.code.bits(codes) - room) > 0:
-        places = np.flatnonzero(flat != shorter[flat - lowest])
-        here = flat[places]
-        nearer = shorter[here - lowest]
-        saved = lengths[here - lowest] - lengths[nearer - lowest]
-        lost = (np.square(exact[places] - nearer) - np.square(exact[places] - here)) / saved
-        few = np.argpartition(lost, min(excess, len(lost)) - 1)[:excess]
-        few = few[np.argsort(lost[few], kind="stable")]
-        enough = int(np.searchsorted(np.cumsum(saved[few]), excess)) + 1
-        flat[places[few[:enough]]] = nearer[few[:enough]]
-    return codes
-
-
-def _shorter(code: Code) -> NDArray[np.int16]:
-    """For each level from `lowest` on the next one towards zero that has fewer bits; itself where there is none."""
-    found = []
-    for level in range(code.lowest, code.highest + 1):
-        towards = range(level, 0, -1) if level > 0 else range(level, 0)
-        bits = code.lengths[level - code.lowest]
-        less = (each - int(np.sign(level)) for each in towards)
-        found.append(next((each for each in less if code.lengths[each - code.lowest] < bits), level))
-    return np.array(found, np.int16)
 
 
 def _tabled(storage: Vectors, packed: Packed, spec: Spec) -> Tabled:

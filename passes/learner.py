@@ -129,12 +129,12 @@ class Learner:
     def _collect(self, gradients: Sequence[Value], first: bool) -> None:
         for name, gradient in zip(self.trained, gradients, strict=True):
             parameter = self.parameters[name]
-            part = self.gradient[parameter.part]
+            part, values, array = self.gradient[parameter.part], self.flat[parameter.part], self._fed[name]
             if first:
-                parameter.latent.pull(to_array(gradient), part)
+                parameter.latent.pull(values, array, to_array(gradient), part)
             else:
                 more = np.empty_like(part)
-                parameter.latent.pull(to_array(gradient), more)
+                parameter.latent.pull(values, array, to_array(gradient), more)
                 part += more
 
 

@@ -143,7 +143,7 @@ class Student:
         return Fitted(fragments, self.fitted.cuts, packed, {**self.fitted.constants, **constants})
 
 
-def make_student(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, constants: bool = True) -> Student:
+def make_student(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, constants: bool = True, scales: bool = True) -> Student:
     """Open the parameters of a plan's model.
 
     Args:
@@ -151,8 +151,9 @@ def make_student(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, constan
         forms: of the plan.
         fitted: from `fit_forms`, with packed arrays.
         constants: whether biases and normalizations are parameters too.
+        scales: whether scales of codes, and levels of scalar codebooks, are too.
     """
-    opener = _Opener(job)
+    opener = _Opener(job, scales=scales)
     fragments = {site.name: opener.add(site, forms[site.name], fitted) for site in chosen_sites(job, forms)}
     model = joined(job.model, fragments, chosen_sites(job, forms), fitted.cuts, fitted.constants)
     model = _rounded(job, forms, fitted, model)
@@ -167,8 +168,8 @@ def make_student(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, constan
 class _Opener:
     """Makes parameters of the arrays of one form after the other."""
 
-    def __init__(self, job: Job) -> None:
-        self.job = job
+    def __init__(self, job: Job, *, scales: bool) -> None:
+        self.job, self.scales = job, scales
         self.parameters: dict[str, Parameter] = {}
         self.arrays: dict[str, tuple[str | None, ...]] = {}
         self.skipped: dict[str, str] = {}
@@ -181,7 +182,7 @@ class _Opener:
         specs, packed = array_specs(site, form), fitted.packed[site.name]
         storages, narrow = array_storages(form, len(specs)), array_narrow(form, len(specs))
         latents: list[Latent | str] = [
-            latent_of(name, packs, spec, axis) if site.scope == MAIN else "a weight of a nested graph"
+            latent_of(name, packs, spec, axis, scales=self.scales) if site.scope == MAIN else "a weight of a nested graph"
             for name, packs, (spec, axis) in zip(storages, packed, specs, strict=True)
         ]
         reasons = [latent for latent in latents if isinstance(latent, str)]

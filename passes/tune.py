@@ -134,7 +134,7 @@ def tune(
         raise InputError(f"tuning: {steps} steps, expected at least 1; give more, or do not tune")
     check_options(job, options)
     try:
-        student = make_student(job, forms, fitted, constants=options.constants)
+        student = make_student(job, forms, fitted, constants=options.constants, scales=options.scales)
         course = open_course(job, student, options, lessons)
         if isinstance(course, str):
             log.info("not tuned: %s", course)

@@ -29,6 +29,7 @@ class TuneOptions:
         warmup: share of the steps over which the rate rises.
         adam: how gradients are averaged.
         constants: whether biases and normalizations are tuned too.
+        scales: whether scales of codes, and levels of scalar codebooks, are tuned too.
         augmentations: random changes of images; see `AUGMENTATIONS`.
         loss: of outputs that hold values: "mse", relative to their mean square; "cosine", the distance in direction; or "cosine+mse", the
             sum of both. "auto" is "mse". Class scores have the Kullback-Leibler divergence.
@@ -51,6 +52,7 @@ class TuneOptions:
     warmup: float = 0.05
     adam: AdamOptions = field(default_factory=AdamOptions)
     constants: bool = True
+    scales: bool = True
     augmentations: tuple[str, ...] = ()
     loss: str = "auto"
     temperature: float = 1.0

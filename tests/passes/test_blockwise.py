@@ -13,13 +13,14 @@ from intaglio.ops.form import Form
 from intaglio.passes import blockwise as module
 from intaglio.passes.blockwise import Blockwise, extracted, find_blocks, single_cuts
 from intaglio.passes.build import fit_forms
+from intaglio.passes.course import Course, open_course
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.options import silent
 from intaglio.passes.session import open_session, to_array, to_value
 from intaglio.passes.student import Student, make_student
 from tests.models import Array, normal, parse
 from tests.passes.pruning import pruned_plan
-from tests.passes.students import COARSE, course_of, job, plan
+from tests.passes.students import COARSE, OPTIONS, course_of, job, plan
 
 RESIDUAL = """g (float[N, 16] x, float[N] mask) => (float[N, 16] y) {
     u = Unsqueeze (mask, one)
@@ -126,7 +127,10 @@ def test_blocks_err_less_where_they_end_and_are_kept_only_then() -> None:
 def test_a_block_of_several_layers_gains() -> None:
     """Its layers were rounded one by one; together they can do better."""
     opened = residual(samples=1000)
-    course = course_of(opened)
+    forms = plan(COARSE, opened)
+    student = make_student(opened, forms, fit_forms(opened, forms, keep=True, match=False))  # so that there is something to gain
+    course = open_course(opened, student, OPTIONS)
+    assert isinstance(course, Course)
     blocks = Blockwise(course, 150, 3e-3)
     blocks.blocks = find_blocks(course.student, opened.model, course.learner.trained, most=2)
     reached = [point for point, _ in blocks.teach(silent)]

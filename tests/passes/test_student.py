@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.storage.scaling import BFLOAT16
 from intaglio.passes.build import Fitted, finish, fit_forms
 from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.latent import Levelled, Rounded
 from intaglio.passes.learner import units_of
 from intaglio.passes.model import Model
 from intaglio.passes.rewrite import declines
@@ -105,6 +107,19 @@ def test_biases_are_parameters_unless_declined() -> None:
     assert make_student(job(), forms, fitted("int3"), constants=False).constants == ()
 
 
+@pytest.mark.parametrize("plan", ["int3", "kmeans3", "planes2.5"])
+def test_scales_are_parameters_unless_declined(plan: str) -> None:
+    forms, what = plans()[plan], fitted(plan)
+    students = [make_student(job(), forms, what, scales=scales) for scales in (True, False)]
+    assert students[0].count > students[1].count
+    for student, moves in zip(students, (True, False), strict=True):
+        taught = student.taught(moved(student))
+        for name, arrays in what.packed.items():
+            for before, after in zip(arrays, taught.packed[name], strict=True):
+                assert before[-1].dtype == after[-1].dtype == BFLOAT16
+                assert np.array_equal(before[-1], after[-1]) != moves
+
+
 def test_pruned_layers_and_their_biases_are_tuned_in_their_smaller_shapes() -> None:
     forms = pruned_plan(job(), "c2")
     what = fit_forms(job(), forms, keep=True)
@@ -129,3 +144,10 @@ def test_layers_in_integers_read_rounded_activations_and_weights_as_they_run() -
         floats = run(opened.model.proto, {"x": opened.data.first(40)["x"]})[0]
         # The student is much nearer to the integer model than the model in floats is
         assert np.linalg.norm(actual - expected[0]) < 0.2 * np.linalg.norm(floats - expected[0])
+        flat = student.start()
+        for parameter in student.parameters.values():
+            if isinstance(parameter.latent, (Rounded, Levelled)):  # scales that are a tenth larger
+                flat[parameter.part][-parameter.latent.shape[0] :] *= np.float32(1.1)
+        _, changed = built(forms, student.taught(flat))
+        (actual,) = outputs(student, flat)
+        assert np.linalg.norm(actual - changed[0]) < 0.2 * np.linalg.norm(expected[0] - changed[0])

@@ -218,6 +218,26 @@ def test_a_checkpoint_of_another_version_is_not_used(change: str, tmp_path: Path
     assert "state of another run" in caplog.text
 
 
+def test_a_run_with_other_parameters_does_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    frozen = replace(OPTIONS, scales=False)
+    tune(cached, plan(COARSE), fitted(), steps=60, options=frozen, progress=Stopper(20))
+    assert list(tmp_path.glob("tune-*.npz"))
+    assert_same(tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS), tuned())
+
+
+def test_scales_are_learnt_and_written() -> None:
+    """And only where that is asked for."""
+    alone = replace(OPTIONS, constants=False)
+    result = tune(job(), plan(COARSE), fitted(), steps=40, options=alone)
+    assert result.improved
+    before, after = ({name: arrays[0][1].astype(np.float32) for name, arrays in what.packed.items()} for what in (fitted(), result.fitted))
+    assert all((before[name] != after[name]).any() for name in before)
+    stayed = tune(job(), plan(COARSE), fitted(), steps=40, options=replace(alone, scales=False)).fitted.packed
+    for name, scale in before.items():
+        np.testing.assert_array_equal(stayed[name][0][1].astype(np.float32), scale)
+
+
 def test_other_labels_do_not_go_on_from_a_checkpoint(tmp_path: Path) -> None:
     """The data's digest leaves labels out."""
     cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
