@@ -17,14 +17,14 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from intaglio.ops.arithmetic import ARITHMETICS, join
-from intaglio.ops.emit import Spec
+from intaglio.ops.emit import Spec, fresh_name
 from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.storage import STORAGES, readers
 
 from .assemble import nominal_ranges
 from .calibrate import Shapes
-from .graph import MAIN, fresh_name
+from .graph import MAIN
 from .integer import place, quantized_values
 from .latency import MicroBench, measure, structure
 from .model import Model
