@@ -99,7 +99,11 @@ def encode(storage: Storage, problem: Problem, rounding: Rounding, parts: tuple[
     nearest = storage.pack(grid.nearest(problem.array), grid)
     plain = storage.encode(problem.array, problem.axis, problem.importance) if nearest is None else nearest
     known = feedback(problem.moment) if parts is None else parts
-    found = _tuned(storage, problem, known, rounding.thorough) if grid.next_coarser is None else _fitting(storage, problem, grid, known)
+    if grid.next_coarser is not None:
+        found = _fitting(storage, problem, grid, known)
+    else:
+        costs = _costs(problem, known, np.ones((1, 1))) if grid.support is None else _keeping_costs(problem, known)
+        found = _tuned(storage, problem, known, costs, rounding.thorough)
     return _better(storage, problem, plain, found)
 
 
@@ -173,13 +177,12 @@ def _coarser(grid: Grid) -> Iterator[Grid]:
         yield grid
 
 
-def _tuned(storage: ScalarStorage, problem: Problem, parts: tuple[Feedback, ...], thorough: bool) -> Packed | None:
+def _tuned(storage: ScalarStorage, problem: Problem, parts: tuple[Feedback, ...], importance: Float64, thorough: bool) -> Packed | None:
     """Compensated codes with the best of `_STEPS` for each output; with the storage's own step where that has to do.
 
-    Steps are searched with the costs that errors have under compensation. The storage itself makes the grid of another step: the one for
-    the array times a factor.
+    Steps are searched with the costs that errors have under compensation, `importance`. The storage itself makes the grid of another step:
+    the one for the array times a factor.
     """
-    importance = _costs(problem, parts, np.ones((1, 1)))
 
     def rounded(factor: Float64 | float) -> tuple[Grid, NDArray[np.int16], Float64]:
         grid = storage.grid(np.asarray(problem.array, np.float64) * factor, problem.axis, importance)
@@ -203,7 +206,8 @@ def _round(problem: Problem, grid: Grid, parts: tuple[Feedback, ...]) -> tuple[N
     )
     weight = problem.reading.matrix(problem.array)
     support = None if grid.support is None else problem.reading.matrix(grid.support.astype(np.float64)) > 0
-    codes, errors = round_compensated(weight, Levels(scale, zero, grid.lowest, grid.highest, support, grid.least), parts)
+    outputs = None if problem.moment.outputs is None else problem.moment.outputs.diag
+    codes, errors = round_compensated(weight, Levels(scale, zero, grid.lowest, grid.highest, support, grid.least, outputs), parts)
     return problem.reading.stored(codes.astype(np.float64)).astype(np.int16), errors
 
 
@@ -217,3 +221,11 @@ def _costs(problem: Problem, parts: tuple[Feedback, ...], worth: Float64) -> Flo
     for part in parts:
         np.put_along_axis(costs, part.order, part.costs, 1)
     return problem.reading.stored(np.broadcast_to(costs[:, None, :] * worth[:, :, None], matrix.shape))
+
+
+def _keeping_costs(problem: Problem, parts: tuple[Feedback, ...]) -> Float64:
+    """What decides which entries stay: the geometric mean of what errors cost if later inputs take up what they can, and if they do not.
+
+    By the first alone hardly any of the last inputs would stay, and none could take up anything. It measures better than either.
+    """
+    return np.asarray(np.sqrt(_costs(problem, parts, _outputs(problem.moment)) * problem.importance))

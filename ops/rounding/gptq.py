@@ -69,6 +69,7 @@ class Levels:
         highest: the largest code.
         support: (groups, m, n), which entries are not zero; None where any may be. Only where `zero` is 0.
         least: the smallest magnitude of a code in the support.
+        outputs: (groups, m), what squared errors of outputs cost where a support is shared among them; None where all cost alike.
     """
 
     scale: NDArray[np.floating[Any]]
@@ -77,6 +78,7 @@ class Levels:
     highest: int
     support: NDArray[np.bool_] | None = None
     least: int = 0
+    outputs: Float64 | None = None
 
 
 def feedback(moment: Moment, entries: int = 1) -> tuple[Feedback, ...]:
@@ -135,8 +137,8 @@ def round_compensated(weight: Float64, levels: Levels, parts: tuple[Feedback, ..
         index = part.order[:, :, None]
         for rows in row_chunks(weight.shape):
             target, scale, zero = (taken(each, weight.shape, rows, index) for each in (weight, levels.scale, levels.zero))
-            support = None if levels.support is None else taken(levels.support, weight.shape, rows, index) > 0
-            found, error = _round_columns(target, scale, zero, support, levels, part)
+            support = _Support.of(levels, weight.shape, rows, part)
+            found, error = _round_columns(target, scale, zero, (levels.lowest, levels.highest), support, part)
             np.put_along_axis(codes[:, rows].transpose(0, 2, 1), index, found, 1)
             errors[:, rows] += error
     return codes, errors
@@ -155,49 +157,77 @@ def taken(array: NDArray[np.floating[Any]] | NDArray[np.bool_], shape: tuple[int
     return np.asarray(np.clip(np.take_along_axis(part, index, 1), -_LIMIT, _LIMIT), np.float32)
 
 
+@dataclass(frozen=True, eq=False)
+class _Support:
+    """Which inputs may have codes, (groups, k, rows), in order, until it is decided once more.
+
+    Attributes:
+        entries: bool, the support as it was chosen.
+        costs: of squared errors, (groups, k, 1) or (groups, k, rows).
+        least: the smallest magnitude of a code.
+        highest: the largest.
+    """
+
+    entries: NDArray[np.bool_]
+    costs: Float64
+    least: int
+    highest: int
+
+    @staticmethod
+    def of(levels: Levels, shape: tuple[int, ...], rows: slice, part: Feedback) -> _Support | None:
+        """Of some outputs of a weight of the given shape; None where any entry may have any code."""
+        if levels.support is None:
+            return None
+        entries = taken(levels.support, shape, rows, part.order[:, :, None]) > 0
+        costs = part.costs[:, :, None]
+        return _Support(entries, costs if levels.outputs is None else costs * levels.outputs[:, None, rows], levels.least, levels.highest)
+
+    def kept(self, target: Float32, scale: Float32, inputs: slice) -> NDArray[np.bool_]:
+        """Which of some inputs stay: as many as the support has there, those that take away most of the error.
+
+        What the inputs before them have lost has changed what is wanted since the support was chosen (SparseGPT, section 3.3).
+
+        Args:
+            target: what is wanted of them, (groups, k, rows).
+            scale: of the same shape.
+            inputs: which they are.
+        """
+        wanted, count = np.abs(target), np.count_nonzero(self.entries[:, inputs])
+        value = np.clip(np.rint(wanted / scale), self.least, self.highest) * scale
+        gained = (self.costs[:, inputs] * (value * (2 * wanted - value))).reshape(-1)
+        kept = np.zeros(gained.shape, np.bool_)
+        kept[np.argpartition(-gained, count)[:count] if count < len(gained) else slice(None)] = True
+        return kept.reshape(target.shape)
+
+    def away_from_zero(self, code: Float32, wanted: Float32) -> Float32:
+        """Codes of what stays, none of them smaller than the least."""
+        return np.copysign(np.maximum(np.abs(code), np.float32(self.least)), wanted)
+
+
 def _round_columns(
-    weight: Float32, scale: Float32, zero: Float32, support: NDArray[np.bool_] | None, levels: Levels, part: Feedback
+    weight: Float32, scale: Float32, zero: Float32, bounds: tuple[int, int], support: _Support | None, part: Feedback
 ) -> tuple[NDArray[np.int16], Float64]:
-    """Codes (groups, k, rows) and errors (groups, rows) of inputs in order; weight, scale, zero and support are (groups, k, rows), too."""
+    """Codes (groups, k, rows) and errors (groups, rows) of inputs in order; weight, scale and zero are (groups, k, rows), too."""
     codes, lost, errors = np.empty(weight.shape, np.int16), np.empty_like(weight), np.zeros(weight[:, 0].shape)
     for start in range(0, weight.shape[1], BLOCK):
         stop = min(start + BLOCK, weight.shape[1])
         target = weight[:, start:stop] + part.shares[:, :start, start:stop].transpose(0, 2, 1) @ lost[:, :start]
+        kept = np.ones(target.shape, np.bool_)
         for k in range(start, stop):
             wanted = target[:, k - start]
             code = np.rint(wanted / scale[:, k])
             if support is not None:
                 if (k - start) % _DECIDED == 0:
                     few = slice(k, min(stop, k + _DECIDED))
-                    kept = _kept(target[:, k - start : few.stop - start], scale[:, few], support[:, few], levels, part.costs[:, few])
-                code = np.copysign(np.maximum(np.abs(code), levels.least), wanted) * kept[:, k - few.start]
-            code = (code + zero[:, k]).clip(levels.lowest, levels.highest)
+                    here = slice(k - start, few.stop - start)
+                    kept[:, here] = support.kept(target[:, here], scale[:, few], few)
+                code = support.away_from_zero(code, wanted) * kept[:, k - start]
+            code = (code + zero[:, k]).clip(*bounds)
             value = (code - zero[:, k]) * scale[:, k]
             codes[:, k], lost[:, k] = code, weight[:, k] - value
             errors += part.costs[:, k, None] * np.square(wanted - value, dtype=np.float64)
             target[:, k + 1 - start :] += part.shares[:, k, k + 1 : stop, None] * lost[:, k, None, :]
     return codes, errors
-
-
-def _kept(target: Float32, scale: Float32, support: NDArray[np.bool_], levels: Levels, costs: Float64) -> NDArray[np.bool_]:
-    """Which inputs of a block stay: as many as the support has there, those that take away most of the error.
-
-    What inputs before them have lost has changed what is wanted since the support was chosen (SparseGPT, section 3.3).
-
-    Args:
-        target: what is wanted of the block, (groups, k, rows).
-        scale: of the same shape.
-        support: of the same shape.
-        levels: the grid.
-        costs: of squared errors, (groups, k).
-    """
-    wanted, count = np.abs(target), int(support.sum())
-    value = np.clip(np.rint(wanted / scale), levels.least, levels.highest) * scale
-    gained = (costs[:, :, None] * (value * (2 * wanted - value))).reshape(-1)
-    kept = np.zeros(gained.shape, np.bool_)
-    if count:
-        kept[np.argpartition(gained, -count)[-count:]] = True
-    return kept.reshape(support.shape)
 
 
 def compensation(weight: Float64, moment: Moment) -> float:

@@ -35,7 +35,10 @@ _RATIOS = (1.0, 0.85, 0.72, 0.61, 0.52, 0.44, 0.37, 0.3, 0.24, 0.18, 0.12, 0.08)
 """Largest magnitudes to try, as shares of a channel's largest value."""
 
 _SAMPLE = 1 << 18
-"""About how many entries the smallest magnitude is chosen on."""
+"""About how many entries the smallest magnitude and steps are searched on."""
+
+_REFINED = 2
+"""How often steps and codes are fitted to each other in the end."""
 
 _LOW_BITS = range(1, 6)
 """Low bits of a place that can be written by themselves."""
@@ -186,36 +189,28 @@ class Sparse(Expandable):
         if self.width == 1:
             return 1
         some = slice(None, None, max(1, exact.size // _SAMPLE))
-        parts = exact[some], costs[some], kept[some]
-        return min(_LEASTS, key=lambda least: float(self._search(*parts, least)[1].sum()))
+        chosen = _Entries.of(exact[some], costs[some], kept[some])
+        return min(_LEASTS, key=lambda least: float(self._search(chosen, least)[1].sum()))
 
     def _steps(self, exact: NDArray[np.float32], costs: NDArray[np.float32], kept: NDArray[np.bool_], least: int) -> NDArray[np.float32]:
-        """Steps (c,) for channels (c, entries); 0 where nothing is kept."""
-        return self._search(exact, costs, kept, least)[0]
+        """Steps (c,) for channels (c, entries), 0 where nothing is kept: the best by some entries, then refined for all."""
+        some = slice(None, None, max(1, exact.size // _SAMPLE))
+        steps = self._search(_Entries.of(exact[:, some], costs[:, some], kept[:, some]), least)[0]
+        every = _Entries.of(exact, costs, kept)
+        start = np.where(steps > 0, steps, every.peak / np.float32(self.highest(least)))
+        for _ in range(_REFINED):
+            start = every.refined(start, least, self.highest(least))[0]
+        return start
 
-    def _search(
-        self, exact: NDArray[np.float32], costs: NDArray[np.float32], kept: NDArray[np.bool_], least: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """Steps (c,) of magnitudes that start at `least`, and minus what they take away from the error of each channel.
-
-        The codes that some step gives have a best step of their own, in closed form.
-        """
+    def _search(self, entries: _Entries, least: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """Steps (c,) of magnitudes that start at `least`, the best of `_RATIOS`, and the error of each channel, less a constant."""
         most = self.highest(least)
-        rows, columns = np.nonzero(kept)
-        values, weights = exact[rows, columns], costs[rows, columns]
-        weighted = weights * values
-        peak = np.zeros(len(exact), np.float32)
-        np.maximum.at(peak, rows, values)
-        steps, errors = np.zeros(len(exact), np.float32), np.zeros(len(exact))
-        for ratio in _RATIOS if self.width > 1 else _RATIOS[:1]:
-            step = np.maximum(peak * np.float32(ratio / most), np.finfo(np.float32).tiny)
-            codes = np.clip(np.rint(values / step[rows]), least, most)
-            along = np.bincount(rows, weighted * codes, len(exact))
-            square = np.bincount(rows, weights * np.square(codes), len(exact))
-            gained = np.where(square > 0, along / np.where(square > 0, square, 1), 0)
-            better = -along * gained < errors
-            steps[better], errors[better] = gained[better], (-along * gained)[better]
-        return steps, errors
+        tried = [
+            entries.refined(entries.peak * np.float32(ratio / most), least, most) for ratio in (_RATIOS if self.width > 1 else _RATIOS[:1])
+        ]
+        errors = np.stack([error for _, error in tried])
+        best, rank = errors.argmin(0), np.arange(errors.shape[1])
+        return np.stack([steps for steps, _ in tried])[best, rank], errors[best, rank]
 
     def _table(self, least: int) -> NDArray[np.uint8]:
         """The level of each code: positive ones from the smallest magnitude on, then negative ones."""
@@ -297,6 +292,38 @@ class Sparse(Expandable):
         part = TensorProto(data_type=TensorProto.INT32, int32_data=[1 << low])
         sizes = {"count": ints_attribute([count]), "cells": ints_attribute([size])}
         return emitter.call(_PLACED, inputs, emitter.name("u"), {"low_down": byte_attribute(8 - low), "part": part, **sizes, **shape})
+
+
+@dataclass(frozen=True, eq=False)
+class _Entries:
+    """The entries that stay of channels.
+
+    Attributes:
+        rows: the channel of each entry, ascending.
+        values: magnitudes.
+        costs: of squared errors.
+        peak: the largest magnitude of each channel, 0 where nothing stays.
+    """
+
+    rows: NDArray[np.int64]
+    values: NDArray[np.float32]
+    costs: NDArray[np.float32]
+    peak: NDArray[np.float32]
+
+    @staticmethod
+    def of(exact: NDArray[np.float32], costs: NDArray[np.float32], kept: NDArray[np.bool_]) -> _Entries:
+        """Of channels (c, entries)."""
+        rows = np.repeat(np.arange(len(kept)), np.count_nonzero(kept, axis=1))
+        return _Entries(rows, exact[kept], costs[kept], np.asarray(exact.max(axis=1, initial=0, where=kept), np.float32))
+
+    def refined(self, steps: NDArray[np.float32], least: int, most: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+        """The best steps (c,) for the codes that given steps yield, and minus what those take away from each channel's squared error."""
+        safe = np.maximum(steps, np.finfo(np.float32).tiny)
+        codes = np.clip(np.rint(self.values / safe[self.rows]), least, most)
+        weighted = self.costs * codes
+        along, square = (np.bincount(self.rows, weighted * each, len(steps)) for each in (self.values, codes))
+        found = np.where(square > 0, along / np.where(square > 0, square, 1), 0)
+        return found.astype(np.float32), -along * found
 
 
 def _unary(size: int, count: int, low: int) -> Spec:
