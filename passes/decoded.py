@@ -7,6 +7,7 @@ constants and their consumers multiply these by zero, so the outputs are those o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,10 +18,12 @@ from intaglio.ops.storage import STORAGES
 
 from .assemble import joined
 from .build import Fitted
+from .checkpoint import fingerprint
 from .cuts import Cut
 from .fit import rebuilt
 from .job import Job
 from .model import Model
+from .prepare import reopened
 from .refit import channels_of, kept_channels, kept_rows
 from .rewrite import Fragment, array_specs, array_storages, as_dense
 from .sites import Site
@@ -45,6 +48,18 @@ def decoded_model(job: Job, forms: Mapping[str, Form], fitted: Fitted) -> Model:
         fragments[site.name] = Fragment((), (), {site.anchor: site.stored(weight)}, {}, changes=changes)
     constants = {name: _uncut(job.model, fitted.cuts, name, value) for name, value in fitted.constants.items()}
     return joined(job.model, fragments, job.sites.sites, (), constants)
+
+
+def continued(job: Job, forms: Mapping[str, Form], fitted: Fitted) -> Job:
+    """The job on what fitted forms stand for; the original goes on teaching and judging.
+
+    Args:
+        job: the job that they were fitted to.
+        forms: by site name.
+        fitted: from `fit_forms` with `keep`.
+    """
+    lineage = fingerprint([job.lineage, *(f"{name}={form}" for name, form in sorted(forms.items()))], fitted.contents())
+    return replace(reopened(job, decoded_model(job, forms, fitted)), teacher=job.reference, lineage=lineage)
 
 
 def decoded_weight(site: Site, form: Form, fitted: Fitted) -> NDArray[np.float64]:

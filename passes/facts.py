@@ -315,6 +315,7 @@ class TuningFacts:
         skipped: site name → why its arrays were not tuned.
         reason: why nothing was tuned, or why tuning ended early; None where neither is so.
         blocks: (last value, error before, error after) of each block that was taught by itself.
+        unrounded: what teaching in floats reached before; None where that was not tried, or not kept.
     """
 
     improved: bool
@@ -328,6 +329,7 @@ class TuningFacts:
     skipped: Mapping[str, str]
     reason: str | None
     blocks: tuple[tuple[str, float, float], ...]
+    unrounded: TuningFacts | None = None
 
     @staticmethod
     def of(result: TuneResult) -> TuningFacts:
@@ -344,6 +346,7 @@ class TuningFacts:
             dict(result.skipped),
             result.reason,
             tuple((point.exit, point.before, point.after) for point in result.blocks),
+            None if result.unrounded is None else TuningFacts.of(result.unrounded),
         )
 
 

@@ -12,23 +12,18 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from intaglio.ops.form import Form
 from intaglio.solver import Budget
 
 from .analyse import analyse
 from .budget import Request, resolve
-from .build import Fitted
 from .cache import Cache
-from .checkpoint import fingerprint
-from .decoded import decoded_model
+from .decoded import continued
 from .errors import InfeasibleError, InputError
 from .job import Job
 from .options import Progress, silent
-from .prepare import reopened
-from .search import Attempt, searched, taught
+from .search import searched, taught
 from .tuning import AUTO, asked_steps
 
 log = logging.getLogger(__name__)
@@ -116,7 +111,7 @@ def approached(job: Job, request: Request, cache: Cache, *, timed: bool, progres
         interrupted = result is not None and result.interrupted
         done.append(Round(step, job.sizes().total(attempt.plan.forms), attempt.measured, better.measured, interrupted))
         log.info("round %d of %d: divergence %.6g, tuned %.6g", number, total, attempt.measured, better.measured)
-        job = _continued(job, better)
+        job = continued(better.job, better.plan.forms, better.fitted)
         if interrupted:
             job = replace(job, settings=replace(job.settings, tune=None))
             break
@@ -137,15 +132,3 @@ def _part(budget: Budget, size_bytes: float, latency_s: float, share: float) -> 
     size = None if budget.size_bytes is None else min(size_bytes, size_bytes ** (1 - share) * budget.size_bytes**share)
     latency = None if budget.latency_s is None else min(latency_s, latency_s ** (1 - share) * budget.latency_s**share)
     return Budget(size, latency, None, "error")
-
-
-def _continued(job: Job, attempt: Attempt) -> Job:
-    """The job on what an attempt decodes to."""
-    model = decoded_model(job, attempt.plan.forms, attempt.fitted)
-    lineage = _lineage(job.lineage, attempt.plan.forms, attempt.fitted)
-    return replace(reopened(job, model), teacher=job.reference, lineage=lineage)
-
-
-def _lineage(before: str, forms: Mapping[str, Form], fitted: Fitted) -> str:
-    """Names the weights that a round left, and the rounds before it."""
-    return fingerprint([before, *(f"{name}={form}" for name, form in sorted(forms.items()))], fitted.contents())

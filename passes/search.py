@@ -20,6 +20,7 @@ from .plan import Correction, Menu, Plan
 from .price import SizePricer
 from .tune import TuneResult
 from .tuning import asked_steps, lessons_of, tuned
+from .unrounded import UNROUNDED_SHARE, Unrounded, taught_unrounded
 from .verify import compare
 from .within import LOOSE, SLACK, choose_within, latency_of, plan_within
 
@@ -56,7 +57,7 @@ def searched(job: Job, menu: Menu, budget: Budget, sizes: SizePricer, progress: 
         measured = divergence_of(job, model)
         expected = _doubted(measured, len(job.splits.choose))
         excess = _excess_latency(job, menu, budget, model)
-        attempt = Attempt(plan, fitted, model, measured, expected, excess <= 1)
+        attempt = Attempt(job, plan, fitted, model, measured, expected, excess <= 1)
         if best is None or attempt.better_than(best, budget):
             best = attempt
         if excess > 1:
@@ -97,28 +98,51 @@ def _excess_latency(job: Job, menu: Menu, budget: Budget, model: Model) -> float
 
 def taught(job: Job, attempt: Attempt, progress: Progress) -> tuple[Attempt, TuneResult | None]:
     """The attempt, tuned if the settings ask for it and if the written model is better for it on the samples that judge tuning."""
-    result = tuned(job, attempt.plan.forms, attempt.fitted, progress=progress)
-    if result is None or not result.improved:
-        return attempt, result
-    judged = attempt, result
-    try:
-        with deferred():  # an interrupt now would lose all that was learnt
-            judged = _judged(job, attempt, result)
-    except KeyboardInterrupt:
-        judged = judged[0], replace(judged[1], interrupted=True)
+    learnt = taught_unrounded(job, attempt.plan.forms, progress)
+    start = attempt if learnt is None else _rounded(attempt, learnt, progress)
+    kept = learnt if start is not attempt else None
+    if learnt is not None and learnt.result.interrupted:
+        return start, replace(learnt.result, fitted=start.fitted, improved=kept is not None)
+    share = 1.0 if learnt is None else 1 - UNROUNDED_SHARE
+    result = tuned(start.job, start.plan.forms, start.fitted, share=share, progress=progress)
+    if result is None:
+        return start, result
+    if kept is not None:
+        result = replace(result, unrounded=kept.result)
+    judged = start, result
+    if result.improved:
+        try:
+            with deferred():  # an interrupt now would lose all that was learnt
+                judged = _judged(start, result)
+        except KeyboardInterrupt:
+            judged = judged[0], replace(judged[1], interrupted=True)
     return judged
 
 
-def _judged(job: Job, attempt: Attempt, result: TuneResult) -> tuple[Attempt, TuneResult]:
+def _rounded(attempt: Attempt, learnt: Unrounded, progress: Progress) -> Attempt:
+    """The attempt's forms fitted to what was learnt in floats, if the written model is better for it; else the attempt."""
+    job, forms = learnt.job, attempt.plan.forms
+    fitted = fit_forms(job, forms, keep=True, progress=progress)
+    return _better(attempt, replace(attempt, job=job, fitted=fitted, model=finish(job, forms, fitted)))
+
+
+def _judged(attempt: Attempt, result: TuneResult) -> tuple[Attempt, TuneResult]:
     """The attempt with what was learnt, if the written model is better for it; else as it was."""
-    judges = lessons_of(job)
-    model = finish(job, attempt.plan.forms, result.fitted)
-    before, after = (divergence_of(judges, each) for each in (attempt.model, model))
-    if after >= before:
+    model = finish(attempt.job, attempt.plan.forms, result.fitted)
+    better = _better(attempt, replace(attempt, fitted=result.fitted, model=model))
+    if better is attempt:
         return attempt, replace(result, improved=False, fitted=attempt.fitted, after=result.before)
-    measured = divergence_of(job, model)
-    expected = _doubted(measured, len(job.splits.choose))
-    return replace(attempt, fitted=result.fitted, model=model, measured=measured, expected=expected), result
+    return better, result
+
+
+def _better(attempt: Attempt, other: Attempt) -> Attempt:
+    """Whichever model diverges less on the samples that judge tuning."""
+    judges = lessons_of(attempt.job)
+    before, after = (divergence_of(judges, each.model) for each in (attempt, other))
+    if after >= before:
+        return attempt
+    measured = divergence_of(attempt.job, other.model)
+    return replace(other, measured=measured, expected=_doubted(measured, len(attempt.job.splits.choose)))
 
 
 def divergence_of(job: Job, model: Model) -> float:
@@ -134,8 +158,12 @@ def _doubted(divergence: float, samples: int) -> float:
 
 @dataclass(frozen=True, eq=False)
 class Attempt:
-    """One round: a plan, the model it made, its divergence on the choose split and as expected on others, and whether it is fast enough."""
+    """One round: a plan, the model it made, its divergence on the choose split and as expected on others, and whether it is fast enough.
 
+    `job` is the one whose model the plan was fitted to.
+    """
+
+    job: Job
     plan: Plan
     fitted: Fitted
     model: Model

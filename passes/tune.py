@@ -86,6 +86,7 @@ class TuneResult:
         skipped: site name → why its arrays were not tuned.
         reason: why nothing was tuned, or why tuning ended early; None where neither is so.
         blocks: what teaching blocks by themselves reached, in order.
+        unrounded: what teaching in floats reached before, where that was kept.
     """
 
     fitted: Fitted
@@ -100,6 +101,7 @@ class TuneResult:
     skipped: Mapping[str, str] = field(default_factory=dict)
     reason: str | None = None
     blocks: tuple[BlockPoint, ...] = ()
+    unrounded: TuneResult | None = None
 
 
 def tune(

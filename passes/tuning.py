@@ -55,6 +55,12 @@ def asked_steps(given: str | int | None) -> int | str | None:
     return steps or None
 
 
+def fewest_steps(given: str | int | None) -> int:
+    """Steps that `--tune` asks for; the fewest of what "auto" may make, and 0 for no tuning."""
+    steps = asked_steps(given)
+    return _AUTO_STEPS[0] if isinstance(steps, str) else steps or 0
+
+
 def check_tuning(job: Job) -> None:
     """Refuse settings of tuning that cannot be followed, before anything costly is done; nothing where they ask for no tuning.
 
@@ -82,13 +88,14 @@ def lessons_of(job: Job) -> Job:
     return replace(job, splits=replace(splits, fit=fit, choose=choose))
 
 
-def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Progress = silent) -> TuneResult | None:
+def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, share: float = 1.0, progress: Progress = silent) -> TuneResult | None:
     """Tune what was fitted as the settings say; None where they do not ask for it.
 
     Args:
         job: the job.
         forms: of the plan.
         fitted: from `fit_forms(keep=True)`.
+        share: of the steps that the settings ask for.
         progress: shows how far it is.
 
     Raises:
@@ -103,6 +110,7 @@ def tuned(job: Job, forms: Mapping[str, Form], fitted: Fitted, *, progress: Prog
         least, most = _AUTO_STEPS
         steps = int(np.clip(_AUTO_EPOCHS * len(taught.splits.fit) / options.batch, least, most))
         options = replace(options, patience=_AUTO_PATIENCE)
+    steps = max(1, round(share * steps))
     blocks = int(_BLOCK_SHARE * steps)
     options, steps = replace(options, block_steps=blocks), steps - blocks
     with job.clock.phase("tune"):

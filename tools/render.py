@@ -204,11 +204,14 @@ def _totals(report: Report) -> str:
 
 def _tuning_line(found: TuningFacts) -> str:
     """What tuning reached, and why it was not more."""
-    outcome = "kept" if found.improved else "not kept: the untuned weights are written"
+    first = found.unrounded
+    start = "the untuned weights are written" if first is None else "what was taught in floats is written"
+    outcome = "kept" if found.improved else f"not kept: {start}"
     reason = f" ({found.reason})" if found.reason else ""
+    floats = "" if first is None else f"{first.steps} steps in floats, divergence {first.before:.3g} → {first.after:.3g}; rounded, "
     if found.before is None or found.after is None:
-        return f"Tuning: {outcome}{reason}."
-    return f"Tuning: {found.steps} steps, divergence {found.before:.3g} → {found.after:.3g} on choose samples; {outcome}{reason}."
+        return f"Tuning: {floats}{outcome}{reason}."
+    return f"Tuning: {floats}{found.steps} steps, divergence {found.before:.3g} → {found.after:.3g} on choose samples; {outcome}{reason}."
 
 
 def _task_lines(task: TaskFacts) -> list[str]:

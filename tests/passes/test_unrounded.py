@@ -1,0 +1,135 @@
+"""What forms leave out is taught in floats first, then rounded, and kept only if the written model is better for it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
+from intaglio.passes import search, unrounded
+from intaglio.passes.budget import Request
+from intaglio.passes.build import fit_forms
+from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.options import silent
+from intaglio.passes.pipeline import Outcome, compress_job
+from intaglio.passes.report import report
+from intaglio.passes.rewrite import declines
+from intaglio.passes.tune import TuneResult
+from intaglio.passes.unrounded import UNROUNDED_SHARE, leaves_out, taught_unrounded
+from intaglio.passes.verify import compare
+from tests.models import classifier
+from tests.passes.students import Stopper
+
+STEPS = 150
+SIZE = 0.2
+LOW = Form("lowrank", (4,), "int4", "contract")
+
+
+@pytest.fixture(autouse=True)
+def _untimed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are not timed, which takes most of the time."""
+    monkeypatch.setattr(Job, "times", lambda *_: False)
+
+
+def job_of(**changes: object) -> Job:
+    settings = Settings(storages=("int4", "float"), decompositions=("lowrank",), tune=STEPS)
+    return open_job(*classifier(400), replace(settings, **changes))  # type: ignore[arg-type]
+
+
+def compressed(**changes: object) -> Outcome:
+    return compress_job(job_of(**changes), Request(size=SIZE))
+
+
+def low(job: Job) -> dict[str, Form]:
+    return {
+        site.name: LOW if declines(site, LOW) is None and min(site.use.view.m, site.use.view.n) > 8 else UNCHANGED for site in job.sites
+    }
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        (Form("lowrank", (4,), "int4", "contract", "integer"), Form("lowrank", (4,), "float", "contract")),
+        (Form("tucker2", (8, 4), "planes3.0", "contract"), Form("tucker2", (8, 4), "float", "contract")),
+        (Form(PRUNED, (8, 4), "int4", "contract", "integer"), Form(PRUNED, (8, 4), "float", "contract")),
+        (Form("dense", (), "nbits4-b32", "dense", "nbits"), Form("dense", (), "float")),
+        (Form("residual", (4,), "int3"), Form("dense", (), "float")),
+        (CARRIED, UNCHANGED),
+        (UNCHANGED, UNCHANGED),
+    ],
+)
+def test_forms_in_floats(form: Form, expected: Form) -> None:
+    assert unrounded.unrounded({"w": form}) == {"w": expected}
+    assert leaves_out(form) == (form.decomposition in ("lowrank", "tucker2", PRUNED))
+
+
+def test_a_low_rank_learns_more_in_floats_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the same steps, forms and bytes; and the report says what was done where."""
+    outcome = compressed()
+    found = outcome.tuning
+    assert found is not None
+    assert found.unrounded is not None
+    assert found.unrounded.steps + len(found.unrounded.blocks) >= STEPS * UNROUNDED_SHARE * 2 / 3
+    assert found.unrounded.after < 0.9 * found.unrounded.before
+    facts = report(outcome).tuning
+    assert facts is not None
+    assert facts.unrounded is not None
+    assert facts.unrounded.after == found.unrounded.after
+    monkeypatch.setattr(search, "taught_unrounded", lambda *_: None)
+    plain = compressed()
+    assert plain.tuning is not None
+    assert plain.tuning.unrounded is None
+    assert outcome.plan.forms == plain.plan.forms
+    assert outcome.size_bytes == plain.size_bytes == outcome.predicted_bytes
+    assert outcome.choose_divergence < plain.choose_divergence
+
+
+@pytest.mark.parametrize(
+    ("changes", "form"),
+    [({}, Form("dense", (), "int4")), ({"tune": 99}, LOW), ({"tune": None}, LOW)],
+    ids=["nothing is left out", "few steps", "no tuning"],
+)
+def test_where_it_must_not_fire(changes: dict[str, object], form: Form) -> None:
+    job = job_of(**changes)
+    forms = {name: form if each == LOW else each for name, each in low(job).items()}
+    assert taught_unrounded(job, forms, silent) is None
+
+
+def test_what_was_learnt_is_in_the_jobs_model_and_the_original_still_judges() -> None:
+    job = job_of()
+    learnt = taught_unrounded(job, low(job), silent)
+    assert learnt is not None
+    assert learnt.job.reference is job.model
+    assert learnt.job.lineage
+    found = compare(learnt.job.reference, learnt.job.model, job.data, job.splits.choose, job.calibration).divergence
+    assert 0 < found < learnt.result.before
+    for site in learnt.job.sites:
+        if low(job)[site.name] == LOW:
+            assert np.linalg.matrix_rank(site.matrix(site.value(learnt.job.model))[0], tol=1e-4) <= 4
+
+
+def test_it_is_dropped_where_the_written_model_is_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if it had learnt nonsense."""
+
+    def nonsense(job: Job, forms: dict[str, Form], *_: object) -> unrounded.Unrounded:
+        fitted = fit_forms(job, {name: replace(form, ranks=(1,)) if form.ranks else form for name, form in forms.items()}, keep=True)
+        spoilt = unrounded.continued(job, {name: replace(form, ranks=(1,)) if form.ranks else form for name, form in forms.items()}, fitted)
+        return unrounded.Unrounded(spoilt, TuneResult(fitted, True, 1.0, 0.5, (), 5, 1e-3, 1.0))
+
+    monkeypatch.setattr(search, "taught_unrounded", nonsense)
+    found = compressed()
+    assert found.tuning is not None
+    assert found.tuning.unrounded is None
+    assert found.plan.forms
+    monkeypatch.setattr(search, "taught_unrounded", lambda *_: None)
+    assert found.choose_divergence <= compressed(tune=None).choose_divergence
+
+
+def test_an_interrupt_keeps_what_was_learnt() -> None:
+    outcome = compress_job(job_of(), Request(size=SIZE), progress=Stopper(30))
+    assert outcome.tuning is not None
+    assert outcome.tuning.interrupted
+    assert outcome.size_bytes <= SIZE * outcome.job.original.size_bytes
+    assert outcome.choose_divergence <= compressed(tune=None).choose_divergence
