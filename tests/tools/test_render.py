@@ -4,20 +4,37 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
-import pytest
 from rich.console import Console
 
-import intaglio
-from intaglio.passes.facts import LatencyFacts, Report
+from intaglio.passes.canonicalize import Report as Canonicalization
+from intaglio.passes.facts import DataFacts, DivergenceFacts, FileFacts, LatencyFacts, Report, SizeFacts
 from intaglio.tools.render import compression
-from tests.tools.conftest import network
 
-
-@pytest.fixture(scope="module")
-def report() -> Report:
-    image = np.random.default_rng(1).standard_normal((48, 3, 8, 8)).astype(np.float32)
-    return intaglio.compress(network(), {"image": image}, size=0.5).report
+REPORT = Report(
+    intaglio="0",
+    status="met",
+    model=FileFacts("model.onnx", "0" * 64),
+    output=FileFacts(None, None),
+    size=SizeFacts.of(1000, 500),
+    latency=None,
+    loading=None,
+    divergence=DivergenceFacts("kl_nats", 0.01, 0.01, 16),
+    agreement=1.0,
+    metric=None,
+    task=None,
+    tuning=None,
+    rounds=(),
+    solver=None,
+    data=DataFacts(0, 16, 16, 16, False),
+    statistics=(),
+    canonicalization=Canonicalization(False, "nothing to do", 4, 4, 1000, 1000),
+    sites=(),
+    carriers=(),
+    floors={},
+    normalizations=(),
+    skipped=(),
+    seconds={},
+)
 
 
 def printed(report: Report) -> str:
@@ -28,15 +45,14 @@ def printed(report: Report) -> str:
     return capture.get()
 
 
-def test_floors_are_told_where_there_are_some(report: Report) -> None:
-    assert report.floors == {}
-    assert "Softmax" not in printed(report)
-    assert "Masked scores are clipped in front of Softmax (1 value)" in printed(replace(report, floors={"s": -80.0}))
-    assert "(2 values)" in printed(replace(report, floors={"s": -80.0, "t": -81.0}))
+def test_floors_are_told_where_there_are_some() -> None:
+    assert "Softmax" not in printed(REPORT)
+    assert "Masked scores are clipped in front of Softmax (1 value)" in printed(replace(REPORT, floors={"s": -80.0}))
+    assert "(2 values)" in printed(replace(REPORT, floors={"s": -80.0, "t": -81.0}))
 
 
-def test_a_second_measurement_is_told(report: Report) -> None:
+def test_a_second_measurement_is_told() -> None:
     once = LatencyFacts(1e-3, 0.5e-3, 0.5, 0.49, 0.51, (0.5,), 25, ("CPUExecutionProvider",), 1)
-    assert "once more" not in printed(replace(report, latency=once))
+    assert "once more" not in printed(replace(REPORT, latency=once))
     twice = replace(once, ratio=0.48, ratios=(0.512, 0.45))
-    assert "measured once more: latency ratios 0.512 and 0.450; both count" in printed(replace(report, latency=twice))
+    assert "measured once more: latency ratios 0.512 and 0.450; both count" in printed(replace(REPORT, latency=twice))
