@@ -323,7 +323,7 @@ class _Entries:
         weighted = self.costs * codes
         along, square = (np.bincount(self.rows, weighted * each, len(steps)) for each in (self.values, codes))
         found = np.where(square > 0, along / np.where(square > 0, square, 1), 0)
-        return found.astype(np.float32), -along * found
+        return found.astype(np.float32), np.asarray(-along * found, np.float64)
 
 
 def _unary(size: int, count: int, low: int) -> Spec:

@@ -123,6 +123,17 @@ def test_a_support_of_all_entries_is_none() -> None:
         np.testing.assert_array_equal(one, other)
 
 
+def test_entries_of_outputs_that_cost_more_stay_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a support is shared among outputs, and also where these are rounded a few at a time."""
+    weight, moment = normal(1, 1, 8, 64).astype(np.float64), moment_of(2, 1, 64)
+    outputs = np.where(np.arange(8) % 2 == 0, 100.0, 1.0)[None]
+    levels = Levels(np.full((1, 1, 1), 0.5), np.zeros((1, 1, 1)), -4, 4, kept(weight, 0.25), 1, outputs)
+    for entries in (gptq._ENTRIES, 2 * 64):
+        monkeypatch.setattr(gptq, "_ENTRIES", entries)
+        codes, _ = round_compensated(weight, levels, feedback(moment))
+        assert np.count_nonzero(codes[:, ::2]) > 2 * np.count_nonzero(codes[:, 1::2])
+
+
 def test_what_is_dropped_is_made_up_for() -> None:
     """Against the same number of nearest codes that are dropped by magnitude times cost: at least a third of the error goes."""
     found = plain = 0.0
