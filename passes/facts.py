@@ -394,6 +394,7 @@ class Report:
         statistics: convolutions whose statistics are sampled.
         canonicalization: what was simplified before.
         sites: every weight that could change.
+        integers: which integers operators compute with: "full", "reduced" or "signed", as in `passes.kernels`.
         carriers: operators without weights that run in integers.
         skipped: every weight that could not.
         seconds: wall time per phase.
@@ -417,6 +418,7 @@ class Report:
     statistics: tuple[SampledFacts, ...]
     canonicalization: CanonicalReport
     sites: tuple[SiteFacts, ...]
+    integers: str
     carriers: tuple[str, ...]
     skipped: tuple[SkipFacts, ...]
     seconds: Mapping[str, float]
