@@ -48,6 +48,7 @@ def compress(
     storages: Sequence[str] = (),
     arithmetics: Sequence[str] = (),
     expand: bool = True,
+    integers: str = "auto",
     ranges: str = "auto",
     curvature: str = "both",
     tune: int | str | None = None,
@@ -82,6 +83,8 @@ def compress(
         storages: which may be used; those that race by default if there are none.
         arithmetics: which layers may compute in; all of the target if there are none.
         expand: whether stored weights may be expanded when the model is loaded.
+        integers: which integers operators compute with: "full", "reduced" (weights of seven bits, for processors that saturate), "signed"
+            (activations), or "auto": "full" unless this machine is the target and saturates.
         ranges: how ranges of quantized activations are calibrated: "auto", "minmax", "percentile", "mse" or "entropy".
         curvature: what weight errors are measured by: "input", or "both" sides of a layer.
         tune: steps of tuning the result against the original's outputs, or "auto"; kept only if it helps.
@@ -116,6 +119,7 @@ def compress(
         _folder(cache),
         arithmetics=tuple(arithmetics),
         expand=expand,
+        integers=integers,
         ranges=ranges,
         curvature=curvature,
         loss=loss,

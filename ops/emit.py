@@ -98,12 +98,14 @@ class Target:
         functions: whether the model's IR version admits model-local functions (IR 8 or newer).
         stem: prefix of every new value name; the name of the weight.
         taken: names that exist in the model already.
+        largest_code: magnitude that codes of weights stay within where operators compute with them as int8.
     """
 
     opset: int
     functions: bool
     stem: str
     taken: frozenset[str] = frozenset()
+    largest_code: int = 127
 
 
 @dataclass

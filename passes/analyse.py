@@ -106,7 +106,8 @@ def analyse(job: Job, cache: Cache, *, latency: bool, progress: Progress = silen
     }
     unit = "relative_mse" if Kind.VALUES in job.kinds else "kl_nats"
     base = Cost(sizes.base_bytes, base_s, 0.0)
-    return Menu(job.original.sha256, candidates, base, shared, unit, job.equalized, job.lineage, job.floors, job.settings.target)
+    made = (job.equalized, job.lineage, job.floors, job.settings.target, job.settings.integers)
+    return Menu(job.original.sha256, candidates, base, shared, unit, *made)
 
 
 def _allowed(job: Job, latency: bool) -> Allowed:
@@ -156,7 +157,7 @@ def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None,
     runtime = job.settings.runtime
     session = open_session(job.model.proto, weights=job.model.weights, threads=runtime.threads, providers=runtime.providers)
     bench = MicroBench(cache, runtime.providers, runtime.threads, budget_s=_TIMING_S)
-    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job))
+    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job), job.integers.activations)
     base_s = timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
     if job.floors and not job.lineage:
         original = open_session(job.original.proto, weights=job.original.weights, threads=runtime.threads, providers=runtime.providers)

@@ -32,7 +32,7 @@ def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
         VerificationError: the plan, as it was solved, does not keep its budget on held-out data.
     """
     check_model(job.original, plan)
-    job = replace(job, settings=replace(job.settings, target=plan.menu.target))
+    job = replace(job, settings=replace(job.settings, target=plan.menu.target, integers=plan.menu.integers))
     if plan.menu.floors:
         job = with_known_floors(job, plan.menu.floors)
     if plan.menu.equalized:

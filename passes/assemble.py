@@ -4,6 +4,7 @@ in integers."""
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from .biased import DOMAIN, with_biases
 from .cuts import Cut, cut_between
 from .integer import place, quantized_values
 from .model import Model
-from .ranges import Range
+from .ranges import UNSIGNED, Range
 from .regions import Carrier
 from .rewrite import Fragment, rewrite
 from .sites import Site
@@ -21,12 +22,12 @@ Ranges = Callable[[Model, Sequence[str], Sequence[str]], Mapping[str, Range]]
 """(model in floats, operators that shall run in integers, values to be quantized) → a range for each value."""
 
 
-def nominal_ranges(model: Model, operators: Sequence[str], values: Sequence[str]) -> dict[str, Range]:
-    """Ranges for models that are sized or timed, not used.
+def nominal_ranges(model: Model, operators: Sequence[str], values: Sequence[str], dtype: np.dtype[Any] = UNSIGNED) -> dict[str, Range]:
+    """Ranges for models that are sized or timed, not used; `dtype` is uint8 or int8.
 
     No two are alike: where the scales around a Concat or Add agree, its kernel moves bytes without looking at them.
     """
-    return {value: Range(np.float32(0.05 + 0.001 * position), 0) for position, value in enumerate(values)}
+    return {value: Range(np.float32(0.05 + 0.001 * position), 0, dtype) for position, value in enumerate(values)}
 
 
 def assemble(

@@ -277,13 +277,13 @@ class _Fitting:
     def _pruned(self, moments: Mapping[str, Moment], site: Site) -> tuple[Fragment, Arrays]:
         """Fit a pruned site on the original model."""
         form, moment, channels = self.forms[site.name], moments[site.name], channels_of(self.job)
-        return fit_pruned(self.job.model, site, form, moment, channels, self._by_group, self._taken, self._index)
+        return fit_pruned(self.job.model, site, form, moment, channels, self._by_group, self._taken, self._index, self.job.integers)
 
     def _repruned(self, pairs: Mapping[str, tuple[Pair, ...]], site: Site) -> tuple[Fragment, Arrays]:
         """Fit a pruned site once more, to what it says in the original."""
         form, start, channels = self.forms[site.name], self._starts[site.name], channels_of(self.job)
         folds = pairs[site.name]
-        return match_pruned(self.job.model, site, form, start, folds, channels, self._by_group, self._taken, self._index)
+        return match_pruned(self.job.model, site, form, start, folds, channels, self._by_group, self._taken, self._index, self.job.integers)
 
     def _whole(self, moments: Mapping[str, Moment], pairs: Mapping[str, tuple[Pair, ...]], site: Site) -> tuple[Fragment, Arrays]:
         """Fit a site that keeps all its channels."""
@@ -296,7 +296,7 @@ class _Fitting:
         target = matched(weight, weight, folds, free_mean=bias is not None, outputs=moment.outputs)
         aim = (value, weight) if target is None else (site.stored(target), target)
         arrays, decoded = store(site, form, *aim, moment)
-        part = fragment(site, form, arrays, model.proto, self._taken)
+        part = fragment(site, form, arrays, model.proto, self._taken, self.job.integers)
         if bias is None or moment.mean is None:
             return part, arrays
         approximation = rebuilt(site, form, decoded)
@@ -309,7 +309,9 @@ def quantization_ranges(job: Job, model: Model, operators: Sequence[str], values
     histograms = collect(model, values, job.data, job.splits.fit[: job.data.enough(RANGE_SAMPLES)], job.calibration)
     usable = {name: each for name, each in histograms.items() if each.reason is None}
     methods = METHODS if job.settings.ranges == "auto" else (job.settings.ranges,)
-    found = [{name: Range.spanning(*METHODS[method](each)) for name, each in usable.items()} for method in methods]
+    found = [
+        {name: Range.spanning(*METHODS[method](each), job.integers.activations) for name, each in usable.items()} for method in methods
+    ]
     if len(found) == 1:
         return found[0]
     probe = replace(job, model=job.reference).probe()  # of the outputs only: the original judges
@@ -324,9 +326,10 @@ def mock(job: Job, forms: Mapping[str, Form]) -> Model:
     fragments = {}
     for site in chosen:
         arrays = tuple(packed_noise(packed, rng) for packed in ghosts(site, run[site.name]))
-        fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken)
+        fragments[site.name] = fragment(site, run[site.name], arrays, job.model.proto, taken, job.integers)
     cuts, domains = _placeholders(job, forms), TARGETS[job.settings.target].domains
-    model = assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal_ranges, cuts, domains=domains)
+    nominal = partial(nominal_ranges, dtype=job.integers.activations)
+    model = assemble(job.model, fragments, chosen, carried_nodes(job, forms), nominal, cuts, domains=domains)
     return with_ceilings(model, job.floors)
 
 

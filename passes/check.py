@@ -11,6 +11,7 @@ from .budget import Request, resolve
 from .curvature import CURVATURES
 from .errors import InputError
 from .job import Settings
+from .kernels import INTEGERS
 from .metric import METRICS
 from .presets import goal_of
 from .ranges import METHODS
@@ -29,6 +30,8 @@ def check_settings(settings: Settings) -> None:
     if settings.target not in TARGETS:
         raise InputError(f"--target {settings.target}: unknown; expected one of {', '.join(TARGETS)}")
     settings.allowed()
+    if settings.integers not in ("auto", *INTEGERS):
+        raise InputError(f"--integers {settings.integers}: unknown; expected one of auto, {', '.join(INTEGERS)}")
     if settings.ranges not in ("auto", *METHODS):
         raise InputError(f"--ranges {settings.ranges}: unknown; expected one of auto, {', '.join(METHODS)}")
     if settings.curvature not in CURVATURES:

@@ -402,6 +402,7 @@ class Report:
         statistics: convolutions whose statistics are sampled.
         canonicalization: what was simplified before.
         sites: every weight that could change.
+        integers: which integers operators compute with: "full", "reduced" or "signed", as in `passes.kernels`.
         carriers: operators without weights that run in integers.
         floors: by value, below which a Clip lifts the scores that a Softmax reads.
         normalizations: those whose stored statistics must stay, with the reason; others may have been re-estimated.
@@ -427,6 +428,7 @@ class Report:
     statistics: tuple[SampledFacts, ...]
     canonicalization: CanonicalReport
     sites: tuple[SiteFacts, ...]
+    integers: str
     carriers: tuple[str, ...]
     floors: Mapping[str, float]
     normalizations: tuple[SkipFacts, ...]

@@ -16,12 +16,14 @@ from numpy.typing import NDArray
 
 from intaglio.solver import Budget
 
+from .cache import Cache
 from .calibrate import Shapes, observe, value_shapes
 from .canonicalize import Report as CanonicalReport
 from .canonicalize import canonicalize
 from .data import Dataset, Source, Splits, input_specs, open_dataset, split
 from .divergence import Kind, output_kinds
 from .errors import InputError
+from .kernels import INTEGERS, Integers, chosen_integers
 from .load import load
 from .model import Model
 from .options import Runtime
@@ -51,6 +53,7 @@ class Settings:
         storages: names of the storages that may be used; empty for those that race by default.
         arithmetics: names of the arithmetics that layers may compute in; empty for all of the target.
         expand: whether stored weights may be expanded when the model is loaded.
+        integers: which integers operators compute with: "auto", or a name in `passes.kernels.INTEGERS`; a job's own is never "auto".
         ranges: how the ranges of quantized activations are calibrated: "auto", or a method of `passes.ranges`.
         curvature: what weight errors are measured by: "input" (the second moment of a layer's input) or "both" (also that of the gradient
             at its output, see `passes.curvature`).
@@ -79,6 +82,7 @@ class Settings:
     output_name: str = "model.onnx"
     arithmetics: tuple[str, ...] = ()
     expand: bool = True
+    integers: str = "auto"
     ranges: str = "auto"
     curvature: str = "both"
     loss: str = "cross-entropy"
@@ -93,7 +97,8 @@ class Settings:
         Raises:
             InputError: a name is unknown, or the target lacks it.
         """
-        return TARGETS[self.target].allowed(self.decompositions, self.storages, self.arithmetics, expand=self.expand)
+        allowed = TARGETS[self.target].allowed(self.decompositions, self.storages, self.arithmetics, expand=self.expand)
+        return allowed if self.integers == "auto" else replace(allowed, integers=self.integers)
 
 
 @dataclass
@@ -164,6 +169,11 @@ class Job:
         return self.teacher or self.model
 
     @property
+    def integers(self) -> Integers:
+        """Which integers operators compute with."""
+        return INTEGERS[self.settings.integers]
+
+    @property
     def external(self) -> bool:
         """Whether the result keeps its weights beside the model file, as the original does."""
         return bool(self.original.weights.files)
@@ -182,7 +192,7 @@ class Job:
     def sizes(self) -> SizePricer:
         """Prices of forms and plans in bytes of the file that will be written."""
         domains = TARGETS[self.settings.target].domains
-        return SizePricer(self.model, external=self.external, name=self.settings.output_name, domains=domains)
+        return SizePricer(self.model, self.integers, external=self.external, name=self.settings.output_name, domains=domains)
 
     def times(self, budget: Budget) -> bool:
         """Whether the result's latency is measured: always for a latency budget, else where the model is small."""
@@ -198,7 +208,9 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
     clock = clock or Clock()
     if settings.target not in TARGETS:
         raise InputError(f"--target {settings.target}: unknown; expected one of {', '.join(TARGETS)}")
+    own = settings.target == "cpu" and not {"integer", "dynamic"}.isdisjoint(settings.allowed().arithmetics)
     with clock.phase("load"):
+        settings = replace(settings, integers=chosen_integers(settings.integers, own, Cache(settings.cache), settings.runtime.providers))
         original = load(source)
         dataset = open_dataset(data, input_specs(original.proto), labels=settings.labels, seed=settings.seed)
         splits = split(len(dataset), seed=settings.seed, samples=settings.samples)

@@ -66,6 +66,7 @@ class Menu:
         equalized: whether channels of the model were rescaled for integers before anything was priced.
         floors: by value, below which the model that was priced lifts the scores that a Softmax reads.
         target: name of the target, which says whose operators the rewritten model may use.
+        integers: name of the variant that operators compute with in integers; see `passes.kernels`.
         lineage: digest of the rounds that the priced weights come from, as in `Job`; empty for the model's own.
     """
 
@@ -78,6 +79,7 @@ class Menu:
     lineage: str = ""
     floors: Mapping[str, float] = field(default_factory=dict)
     target: str = "cpu"
+    integers: str = "full"
 
 
 @dataclass(frozen=True)
@@ -262,6 +264,7 @@ def to_json(plan: Plan) -> str:
             "lineage": plan.menu.lineage,
             "floors": dict(plan.menu.floors),
             "target": plan.menu.target,
+            "integers": plan.menu.integers,
             "joint": plan.joint,
             "budget": {
                 "size_bytes": plan.budget.size_bytes,
@@ -384,6 +387,7 @@ def read_plan(path: Path) -> Plan:
             str(document.get("lineage", "")),
             {str(name): float(floor) for name, floor in document.get("floors", {}).items()},
             str(document.get("target", "web")),  # a plan from before targets were noted: standard operators run anywhere
+            str(document.get("integers", "full")),
         )
         if menu.unit not in UNITS:
             raise ValueError("unit")

@@ -19,6 +19,7 @@ from intaglio.ops.form import CARRIED, PRUNED, UNCHANGED, Form
 
 from .assemble import assemble, nominal_ranges
 from .graph import all_names, field_size
+from .kernels import INTEGERS, Integers
 from .model import Model
 from .prune import Channels
 from .regions import find_carriers
@@ -84,16 +85,25 @@ class SizePrice:
 class SizePricer:
     """Exact bytes of forms and of plans."""
 
-    def __init__(self, model: Model, *, external: bool, name: str = "model.onnx", domains: Collection[str] = ()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        integers: Integers = INTEGERS["full"],
+        *,
+        external: bool,
+        name: str = "model.onnx",
+        domains: Collection[str] = (),
+    ) -> None:
         """Make the skeleton of the model that plans start from.
 
         Args:
             model: the model.
+            integers: that operators compute with.
             external: whether its weights will be saved beside it.
             name: of the file.
             domains: as for `assemble`.
         """
-        self._source, self._model = model, skeleton(model)
+        self._source, self._model, self._integers = model, skeleton(model), integers
         self._sites = {site.name: site for site in find_sites(self._model)}
         self._taken = frozenset(all_names(self._model.proto))
         self._domains = ("", "ai.onnx", *(entry.domain for entry in model.proto.opset_import))
@@ -158,7 +168,7 @@ class SizePricer:
 
     def _fragment(self, name: str, form: Form) -> Fragment:
         site = self._sites[name]
-        return fragment(site, form, ghosts(site, form), self._model.proto, self._taken)
+        return fragment(site, form, ghosts(site, form), self._model.proto, self._taken, self._integers)
 
     def _size(self, model: Model) -> int:
         return serialized_size(model, self._external, name=self._name)

@@ -23,9 +23,10 @@ from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
-from intaglio.ops.storage import STORAGES, is_scalar, is_tabular, readers
+from intaglio.ops.storage import LARGEST, STORAGES, is_scalar, is_tabular, readers
 
 from .fit import compensation_gain, fit_factors, form_error, importance, table_gain, uncorrected_share
+from .kernels import INTEGERS
 from .rewrite import array_specs, declines
 from .sites import Site
 
@@ -74,6 +75,7 @@ class Allowed:
         executions: "dense" and "contract".
         arithmetics: "float" and names of `ops.arithmetic`.
         expand: whether stored weights may be expanded when the model is loaded.
+        integers: name of the variant that operators compute with in integers; see `passes.kernels`.
     """
 
     decompositions: tuple[str, ...] = ("dense", *dict.fromkeys(name for name, _ in DECOMPOSITIONS))
@@ -81,6 +83,7 @@ class Allowed:
     executions: tuple[str, ...] = ("dense", "contract")
     arithmetics: tuple[str, ...] = ("float", *ARITHMETICS)
     expand: bool = True
+    integers: str = "full"
 
     def admits(self, form: Form) -> bool:
         """Whether a form's arithmetic is allowed, and its expansion."""
@@ -142,13 +145,13 @@ def propose(
         for storage, each in rounding.items()
         for ranks, error in pruned
     ]
-    again = {name: 0.0 if _has_integers(site, name) else rounding.get("int8", 0.0) for name in rounding}
+    again = {name: _rounded_again(site, rounding, INTEGERS[allowed.integers].largest_code(name)) for name in ("integer", "dynamic")}
     every = [variant for proposal in proposals for variant in _variants(site, proposal, allowed, again)]
     return (Proposal(UNCHANGED, 0.0, 0.0), *every), tuple(reasons)
 
 
-def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str, float]) -> Iterator[Proposal]:
-    """The proposal in every arithmetic that admits it; `again`: relative error of rounding what a storage holds to eight bits."""
+def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str, dict[str, float]]) -> Iterator[Proposal]:
+    """The proposal in every arithmetic that admits it; `again`: for those in bytes, what rounding what a storage holds to them costs."""
     if proposal.truncation + proposal.rounding > WORST_ERROR:
         return
     for arithmetic in allowed.arithmetics:
@@ -159,8 +162,9 @@ def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str,
             continue
         if allowed.admits(form) and declines(site, form) is None:
             product = form.decomposition != "dense" and form.execution == "dense"
-            eight_bits = arithmetic in ("integer", "dynamic")
-            extra = max(again.values()) if eight_bits and product else again[form.storage] if eight_bits else 0.0
+            extra = 0.0
+            if arithmetic in again:
+                extra = max(again[arithmetic].values()) if product else again[arithmetic][form.storage]
             yield replace(proposal, form=form, rounding=proposal.rounding + extra)
 
 
@@ -170,11 +174,18 @@ def _folds(form: Form) -> bool:
     return beside and (form.arithmetic == "float" or ARITHMETICS[form.arithmetic].product_reason is None)
 
 
-def _has_integers(site: Site, storage: str) -> bool:
+def _rounded_again(site: Site, rounding: dict[str, float], largest: int) -> dict[str, float]:
+    """Relative error of rounding what each storage holds to codes within ±largest; 0 where its own codes are such already."""
+    step = (LARGEST / largest) ** 2 * rounding.get("int8", 0.0)
+    return {name: 0.0 if _has_integers(site, name, largest) else step for name in rounding}
+
+
+def _has_integers(site: Site, storage: str, largest: int) -> bool:
     """Whether a storage holds the site's weight as integers with one scale per channel: integer kernels can read them as they are."""
     ((spec, axis),) = array_specs(site, Form("dense"))
     scratch = Emitter(Target(site.opset, False, "scratch"))
-    return STORAGES[storage].emit_integer(scratch, "", STORAGES[storage].layout(spec, axis), spec, axis) is not None
+    own = STORAGES[storage].emit_integer(scratch, "", STORAGES[storage].layout(spec, axis), spec, axis)
+    return own is not None and own.largest <= largest
 
 
 def _rounding_errors(

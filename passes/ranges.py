@@ -38,7 +38,9 @@ PERCENTILE = 99.99
 FETCH_LIMIT_BYTES = 1 << 28
 """Most bytes of activations fetched at once, unless a single value is larger."""
 
-_UNSIGNED: np.dtype[Any] = np.dtype(np.uint8)
+UNSIGNED: np.dtype[Any] = np.dtype(np.uint8)
+"""The bytes that activations are, unless told otherwise."""
+
 _TINY = float(np.finfo(np.float32).tiny)
 _HUGE = float(np.finfo(np.float32).max)
 _CHUNK = 1 << 18
@@ -66,10 +68,10 @@ class Range:
 
     scale: np.float32
     zero_point: int
-    dtype: np.dtype[Any] = _UNSIGNED
+    dtype: np.dtype[Any] = UNSIGNED
 
     @staticmethod
-    def spanning(low: float, high: float, dtype: np.dtype[Any] = _UNSIGNED, bits: int = 8) -> Range:
+    def spanning(low: float, high: float, dtype: np.dtype[Any] = UNSIGNED, bits: int = 8) -> Range:
         """The range from `low` to `high`, and zero.
 
         Args:
@@ -228,7 +230,7 @@ def calibrated(
     runtime: Runtime,
     method: str = AUTO,
     *,
-    dtype: np.dtype[Any] = _UNSIGNED,
+    dtype: np.dtype[Any] = UNSIGNED,
     bits: int = 8,
 ) -> dict[str, Range]:
     """Ranges of values of the main graph; values with a `Histogram.reason` against one are left out.

@@ -28,6 +28,7 @@ from .fit import Arrays, store
 from .graph import ValueIndex
 from .groups import ChannelGroup
 from .job import Job
+from .kernels import Integers
 from .match import matched, mean_shift, pooled
 from .model import Model
 from .parallel import in_parallel, workers
@@ -152,6 +153,7 @@ def fit_pruned(
     cuts: Mapping[str, Cut],
     taken: frozenset[str],
     index: ValueIndex,
+    integers: Integers,
 ) -> tuple[Fragment, Arrays]:
     """What a site becomes in a pruned form, and its packed arrays.
 
@@ -164,6 +166,7 @@ def fit_pruned(
         cuts: by group name; those of the site's groups.
         taken: names that exist in the model.
         index: of the model's values.
+        integers: that operators compute with.
     """
     kept_in, block, kept_out = kept_channels(site, channels, cuts)
     value, smaller, cut = site.value(model), as_dense(site, form), cut_weight(model, site, moment, channels, cuts)
@@ -173,7 +176,7 @@ def fit_pruned(
     else:
         metric = moment if kept_in is None else _of_inputs(moment, block_indices(kept_in, block))
     arrays, (decoded,) = store(*smaller, cut, smaller[0].matrix(cut), metric)
-    part = fragment(site, form, arrays, model.proto, taken)
+    part = fragment(site, form, arrays, model.proto, taken, integers)
     bias = find_bias(model, site, index)
     if bias is None or moment.mean is None:
         return part, arrays
@@ -222,6 +225,7 @@ def match_pruned(
     cuts: Mapping[str, Cut],
     taken: frozenset[str],
     index: ValueIndex,
+    integers: Integers,
 ) -> tuple[Fragment, Arrays]:
     """What a site becomes in a pruned form once the model around it runs: nearest to its own outputs in the original.
 
@@ -243,7 +247,7 @@ def match_pruned(
     target = matched(weight, smaller[0].matrix(start), folds, free_mean=bias is not None)
     aim = (start, smaller[0].matrix(start)) if target is None else (smaller[0].stored(target), target)
     arrays, (decoded,) = store(*smaller, *aim, pair.moment.shrunk())
-    part = fragment(site, form, arrays, model.proto, taken)
+    part = fragment(site, form, arrays, model.proto, taken, integers)
     if bias is None:
         return part, arrays
     return _shifted(model, site, part, bias, outputs, mean_shift(weight, smaller[0].matrix(decoded), pair)), arrays

@@ -17,6 +17,7 @@ from .canonicalize import canonicalize
 from .errors import InfeasibleError, InputError
 from .floors import with_floors
 from .job import Job
+from .kernels import INTEGERS
 from .load import load
 from .model import Model
 from .options import Progress, silent
@@ -63,7 +64,8 @@ def replan(source: str | Path | onnx.ModelProto, plan: Plan, request: Request) -
     budget = resolve(request, original.size_bytes, plan.menu.base)
     model, _ = canonicalize(original)
     model = with_floors(model, plan.menu.floors)
-    sizes = SizePricer(model, external=bool(original.weights.files), domains=TARGETS[plan.menu.target].domains)
+    domains, integers = TARGETS[plan.menu.target].domains, INTEGERS[plan.menu.integers]
+    sizes = SizePricer(model, integers, external=bool(original.weights.files), domains=domains)
     correction = replace(plan.correction, spare_bytes=0)
     for _ in range(ROUNDS):
         solved = choose_within(plan.menu, budget, correction)
@@ -87,3 +89,5 @@ def check_model(model: Model, plan: Plan) -> None:
         )
     if plan.menu.target not in TARGETS:
         raise InputError(f"plan: target {plan.menu.target!r} is unknown; expected one of {', '.join(TARGETS)}")
+    if plan.menu.integers not in INTEGERS:
+        raise InputError(f"plan: integers {plan.menu.integers!r} are unknown; expected one of {', '.join(INTEGERS)}")

@@ -117,6 +117,7 @@ def report(outcome: Outcome) -> Report:
         statistics=sampled_sites(job),
         canonicalization=job.canonicalization,
         sites=_sites(outcome),
+        integers=job.settings.integers,
         carriers=tuple(name for name, form in plan.forms.items() if form == CARRIED),
         floors=dict(job.floors),
         normalizations=skip_facts(find_normalizations(job.model)[1]),
@@ -145,7 +146,7 @@ def latency_pricer(job: Job) -> LatencyPricer:
     """Measures single sites as the job's settings say."""
     settings = job.settings
     bench = MicroBench(Cache(settings.cache), settings.runtime.providers, settings.runtime.threads, budget_s=0.04)
-    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job))
+    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job), job.integers.activations)
 
 
 def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:

@@ -26,6 +26,7 @@ from intaglio.ops.view import MatrixView
 
 from .canonicalize import remove_dead
 from .graph import MAIN, reads, scopes
+from .kernels import INTEGERS, Integers
 from .model import Model
 from .sites import Site, SiteUse, opset
 from .weights import WeightStore
@@ -143,7 +144,9 @@ def ghosts(site: Site, form: Form) -> Packed:
     return tuple(STORAGES[storage].layout(spec, axis) for storage, (spec, axis) in zip(storages, specs, strict=True))
 
 
-def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str]) -> Fragment:
+def fragment(
+    site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str], integers: Integers = INTEGERS["full"]
+) -> Fragment:
     """Emit a form of a site.
 
     Args:
@@ -152,9 +155,11 @@ def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: f
         packed: arrays, or `ghosts`.
         proto: the model, for its opset and IR version.
         taken: names that exist in the model.
+        integers: that operators compute with.
     """
     site, form = as_dense(site, form)
-    emitter = Emitter(Target(opset(proto), proto.ir_version >= FUNCTION_IR, site.anchor, taken))
+    largest = integers.largest_code(form.arithmetic)
+    emitter = Emitter(Target(opset(proto), proto.ir_version >= FUNCTION_IR, site.anchor, taken, largest))
     if form.arithmetic == "float":
         return _float_fragment(emitter, site, form, packed)
     return _narrow_fragment(emitter, ARITHMETICS[form.arithmetic], site, form, packed)

@@ -68,6 +68,7 @@ class Parameter:
         start: (n,), values from which to move; they stand for the array as it was fitted.
         part: where its values lie in the flat array of all parameters.
         axis: of the scales to which the array is rounded once more when it is run in int8; None where it is not.
+        largest: magnitude of the codes that it is rounded to.
     """
 
     name: str
@@ -75,6 +76,7 @@ class Parameter:
     start: Float32
     part: slice
     axis: int | None = None
+    largest: int = 127
 
     def project(self, flat: Float32, out: Float32) -> None:
         """Write what the model computes with; values may be moved back to the outermost level.
@@ -85,7 +87,7 @@ class Parameter:
         """
         self.latent.project(flat[self.part], out)
         if self.axis is not None:
-            codes, scale = requantized(out, self.axis)
+            codes, scale = requantized(out, self.axis, self.largest)
             np.multiply(codes, scale.reshape([-1 if i == self.axis else 1 for i in range(out.ndim)]), out=out)
 
 
@@ -137,7 +139,7 @@ class Student:
             if not any(names):
                 continue
             packed[name] = tuple(old if key is None else packs[key] for old, key in zip(packed[name], names, strict=True))
-            part = fragment(sites[name], self.forms[name], packed[name], self.job.model.proto, taken)
+            part = fragment(sites[name], self.forms[name], packed[name], self.job.model.proto, taken, self.job.integers)
             fragments[name] = spooled(replace(part, changes=fragments[name].changes), self.job.model.weights)
         constants = {name: np.asarray(packs[name][0], np.float32) for name in self.constants}
         return Fitted(fragments, self.fitted.cuts, packed, {**self.fitted.constants, **constants})
@@ -198,7 +200,8 @@ class _Opener:
             if isinstance(latent, str):
                 names.append(None)
                 continue
-            axis = rounding_axis(form, storages[number], packed[number], *specs[number]) if narrow[number] else None
+            largest = self.job.integers.largest_code(form.arithmetic)
+            axis = rounding_axis(form, storages[number], packed[number], *specs[number], largest) if narrow[number] else None
             self.open(name, latent, axis, self._start(site, form, latent))
             names.append(name)
         self.arrays[site.name] = tuple(names)
@@ -219,17 +222,18 @@ class _Opener:
         return within_cells(latent, aim)
 
 
-def rounding_axis(form: Form, storage: str, packed: Sequence[NDArray[np.generic]], spec: Spec, axis: int) -> int | None:
+def rounding_axis(form: Form, storage: str, packed: Sequence[NDArray[np.generic]], spec: Spec, axis: int, largest: int = 127) -> int | None:
     """The axis of the scales to which a stored array is rounded when it is run in int8; None where it runs as it is stored."""
     if form.arithmetic not in ("integer", "dynamic") or (form.execution == "dense" and form.decomposition not in ("dense", PRUNED)):
         return None
-    return None if _is_integer(storage, tuple(packed), spec, axis) else axis
+    return None if _is_integer(storage, tuple(packed), spec, axis, largest) else axis
 
 
-def _is_integer(storage: str, packed: tuple[NDArray[np.generic], ...], spec: Spec, axis: int) -> bool:
+def _is_integer(storage: str, packed: tuple[NDArray[np.generic], ...], spec: Spec, axis: int, largest: int) -> bool:
     """Whether a storage's own codes are what an operator in int8 reads."""
     emitter = Emitter(Target(_NEW_OPSET, True, "w"))
-    return STORAGES[storage].emit_integer(emitter, "", packed, spec, axis) is not None
+    own = STORAGES[storage].emit_integer(emitter, "", packed, spec, axis)
+    return own is not None and own.largest <= largest
 
 
 def _rounded(job: Job, forms: Mapping[str, Form], fitted: Fitted, model: Model) -> Model:

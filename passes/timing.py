@@ -30,6 +30,7 @@ from .latency import MicroBench, measure, structure
 from .model import Model
 from .partners import Partners
 from .price import noise
+from .ranges import UNSIGNED
 from .regions import CHANNELS_LAST, HELD, Carrier
 from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
 from .sites import Site, opset
@@ -46,6 +47,7 @@ class LatencyPricer:
         bench: MicroBench,
         values: Mapping[str, tuple[int, ...]] | None = None,
         partners: Partners | None = None,
+        activations: np.dtype[Any] = UNSIGNED,
     ) -> None:
         """Measure operators of a model.
 
@@ -55,7 +57,9 @@ class LatencyPricer:
             bench: measures.
             values: shapes of activations around carriers.
             partners: the weights that change with a site where it computes in their arithmetic.
+            activations: type of the bytes between operators in integers.
         """
+        self._activations = activations
         self._proto = model.proto
         self._shapes = shapes
         self._values = values or {}
@@ -180,7 +184,7 @@ class LatencyPricer:
     def _carrier_pair(self, carrier: Carrier) -> tuple[float, float]:
         """Seconds of an operator without a weight in floats and in integers, measured in alternation."""
         floats = self._carrier_micro(carrier)
-        integers = _between_quantizers(_in_integers(floats, (carrier.node.output[0],)))
+        integers = _in_integers(floats, (carrier.node.output[0],), self._activations)
         shapes = {name: self._values[name] for name in carrier.inputs}
         return self._bench.pair(floats, integers, shapes, index_limit=256)
 
@@ -262,7 +266,7 @@ class LatencyPricer:
         shape = self._shapes[site.name].input
         sources = {source: Spec(shape if form is None else _fewer_channels(site, form, shape), dtype)}
         micro = self._assemble(nodes, sources, constants, output)
-        return micro if form is None or not _coupled(form) else _between_quantizers(_in_integers(micro, coupled))
+        return micro if form is None or not _coupled(form) else _in_integers(micro, coupled, self._activations)
 
     def _inlining(self) -> ModelProto:
         """A model like the job's, but too old for functions: programs are written out, so that a micro-model needs none."""
@@ -368,14 +372,15 @@ def as_run(form: Form) -> Form:
     return replace(form, storage=storage)
 
 
-def _in_integers(micro: ModelProto, operators: Sequence[str]) -> ModelProto:
-    """The micro-model with the given operators in integers."""
+def _in_integers(micro: ModelProto, operators: Sequence[str], activations: np.dtype[Any]) -> ModelProto:
+    """The micro-model with the given operators in integers, from bytes to bytes."""
     model = Model(micro, WeightStore(None), None, 0, "")
-    return place(model, operators, nominal_ranges(model, operators, quantized_values(model, operators))).proto
+    ranges = nominal_ranges(model, operators, quantized_values(model, operators), activations)
+    return _between_quantizers(place(model, operators, ranges).proto, helper.np_dtype_to_tensor_dtype(activations))
 
 
-def _between_quantizers(proto: ModelProto) -> ModelProto:
-    """The same without the quantizers of its inputs and the dequantizers of its outputs: from integers to integers."""
+def _between_quantizers(proto: ModelProto, kind: int) -> ModelProto:
+    """The same without the quantizers of its inputs and the dequantizers of its outputs, which then are of a type of bytes."""
     graph = proto.graph
     for value in graph.input:
         readers = [node for node in graph.node if value.name in node.input]
@@ -384,13 +389,13 @@ def _between_quantizers(proto: ModelProto) -> ModelProto:
             graph.node.remove(readers[0])
             for node in graph.node:
                 node.input[:] = [value.name if name == renamed else name for name in node.input]
-            value.type.tensor_type.elem_type = TensorProto.UINT8
+            value.type.tensor_type.elem_type = kind
     for value in graph.output:
         producer = next((node for node in graph.node if value.name in node.output), None)
         if producer is not None and producer.op_type == "DequantizeLinear":
             graph.node.remove(producer)
             value.name = producer.input[0]
-            value.type.tensor_type.elem_type = TensorProto.UINT8
+            value.type.tensor_type.elem_type = kind
     return proto
 
 

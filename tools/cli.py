@@ -31,6 +31,7 @@ from .options import (
     Error,
     Exclude,
     Include,
+    Integers,
     Json,
     Labels,
     Latency,
@@ -186,6 +187,7 @@ def compress(
     storages: Storages = None,
     arithmetics: Arithmetics = None,
     no_expand: NoExpand = False,
+    integers: Integers = "auto",
     ranges: Ranges = "auto",
     curvature: Curvature = "both",
     tune: Tune = None,
@@ -222,7 +224,8 @@ def compress(
     settings = _settings(
         target=target, providers=providers, threads=threads, labels=labels, metric=metric, loss=loss, kind=output_kind,
         include=include, exclude=exclude, decompositions=decompositions, storages=storages, arithmetics=arithmetics,
-        no_expand=no_expand, ranges=ranges, curvature=curvature, tune=tune, augment=augment, tune_labels=tune_labels, rounds=rounds,
+        no_expand=no_expand, integers=integers, ranges=ranges, curvature=curvature, tune=tune, augment=augment, tune_labels=tune_labels,
+        rounds=rounds,
         samples=samples, seed=seed, cache=cache, no_cache=no_cache, output=output,
     )  # fmt: skip
     check_together(request, settings)
@@ -253,6 +256,7 @@ def plan(
     storages: Storages = None,
     arithmetics: Arithmetics = None,
     no_expand: NoExpand = False,
+    integers: Integers = "auto",
     ranges: Ranges = "auto",
     curvature: Curvature = "both",
     providers: Providers = CPU,
@@ -278,15 +282,15 @@ def plan(
     request = _request(size, latency, error, minimize)
     settings = _settings(
         target=target, providers=providers, threads=threads, kind=output_kind, include=include, exclude=exclude,
-        decompositions=decompositions, storages=storages, arithmetics=arithmetics, no_expand=no_expand, ranges=ranges,
+        decompositions=decompositions, storages=storages, arithmetics=arithmetics, no_expand=no_expand, integers=integers, ranges=ranges,
         curvature=curvature, samples=samples, seed=seed, cache=cache, no_cache=no_cache,
     )  # fmt: skip
     check_output(output, ".json", [model, *([reuse] if reuse else [])])
     with shown(f"Planning {model.name}", enabled=not json) as progress:
         if reuse is not None:
-            if any((include, exclude, decompositions, storages, arithmetics, no_expand)) or target != "cpu":
+            if any((include, exclude, decompositions, storages, arithmetics, no_expand)) or (target, integers) != ("cpu", "auto"):
                 raise InputError(
-                    "plan: --reuse solves a plan's own menu again; --target and what may change have no effect, leave them out"
+                    "plan: --reuse solves a plan's own menu again; --target, --integers and what may change have no effect, leave them out"
                 )
             solved = replan(model, read_plan(reuse), request)
         elif data is not None:
@@ -437,6 +441,7 @@ def _settings(
     storages: str | None = None,
     arithmetics: str | None = None,
     no_expand: bool = False,
+    integers: str = "auto",
     ranges: str = "auto",
     curvature: str = "both",
     tune: str | None = None,
@@ -467,6 +472,7 @@ def _settings(
         storages=_names(storages),
         arithmetics=_names(arithmetics),
         expand=not no_expand,
+        integers=integers,
         ranges=ranges,
         curvature=curvature,
         tune=tune,

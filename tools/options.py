@@ -79,6 +79,14 @@ Arithmetics = Annotated[
 NoExpand = Annotated[
     bool, typer.Option("--no-expand", help="No weight that takes more memory once it is loaded than in the file.", rich_help_panel=_WHAT)
 ]
+Integers = Annotated[
+    str,
+    typer.Option(
+        metavar="auto|full|reduced|signed",
+        help="Codes in integer kernels: 8 bits, weights of 7 (for processors that saturate), or signed activations.",
+        rich_help_panel=_WHAT,
+    ),
+]
 Ranges = Annotated[
     str,
     typer.Option(metavar="METHOD", help="Of quantized activations: auto, minmax, percentile, mse or entropy.", rich_help_panel=_WHAT),

@@ -7,7 +7,7 @@ from onnx import NodeProto
 
 from ..emit import Array, Emitter, Program, Spec
 from ..families import Use
-from ..storage import IntegerWeight, Storage, requantize
+from ..storage import IntegerWeight, Storage, narrowed, requantize
 
 SINGLE: np.dtype[np.generic] = np.dtype(np.float32)
 """The only type that ONNX Runtime's integer operators turn into integers and back."""
@@ -27,7 +27,7 @@ def zero_points(emitter: Emitter, scale: str) -> str:
 
 
 def integer_weight(emitter: Emitter, suffix: str, storage: Storage, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight:
-    """A weight as int8 codes: as the storage holds them, or rounded from what it decodes to.
+    """A weight as int8 codes: as the storage holds them, or rounded to what the emitter's target admits.
 
     Args:
         emitter: collects initializers and programs.
@@ -38,7 +38,9 @@ def integer_weight(emitter: Emitter, suffix: str, storage: Storage, packed: tupl
         axis: the axis with one scale per entry.
     """
     weight = storage.emit_integer(emitter, suffix, packed, spec, axis)
-    return weight or requantize(emitter, storage.emit(emitter, suffix, packed, spec), spec, axis)
+    if weight is None:
+        return requantize(emitter, storage.emit(emitter, suffix, packed, spec), spec, axis)
+    return weight if weight.largest <= emitter.target.largest_code else narrowed(emitter, weight)
 
 
 def operator_reason(use: Use, op_types: tuple[str, ...]) -> str | None:

@@ -9,7 +9,7 @@ from .grid import Grid
 from .native import INT4_NATIVE
 from .nbits import NBITS
 from .planes import PLANES
-from .requantize import requantize, requantized
+from .requantize import LARGEST, narrowed, requantize, requantized
 from .rows import ROW_NIBBLES
 from .sparse import SPARSE
 from .table import Table
@@ -22,6 +22,7 @@ STORAGES: dict[str, Storage] = {storage.name: storage for storage in _EVERY}
 """Every storage, by the name that plans and reports use. To add one: write its file, list it here."""
 
 __all__ = [
+    "LARGEST",
     "STORAGES",
     "Grid",
     "IntegerWeight",
@@ -31,6 +32,7 @@ __all__ = [
     "TableStorage",
     "is_scalar",
     "is_tabular",
+    "narrowed",
     "readers",
     "requantize",
     "requantized",

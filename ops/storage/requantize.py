@@ -5,23 +5,16 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..emit import Emitter, Program, Spec, ints_attribute
+from ..emit import Emitter, Program, Spec, float_attribute, ints_attribute
 from .base import IntegerWeight
 from .grid import single
 from .scaling import emit_flat_scale
 
 LARGEST = 127
-"""The largest code; the grid is symmetric."""
+"""The largest code, unless told otherwise; grids are symmetric."""
 
 AXES_INPUT_OPSET = 18
 """The opset from which `ReduceMax` takes its axes as an input."""
-
-_SCALE_HEAD = """<axes> (w) => (s) {
-        largest = Constant <value = float {127.0}> ()
-        nothing = Constant <value = float {0.0}> ()
-        one = Constant <value = float {1.0}> ()
-        f = Cast <to = 1> (w)
-        magnitude = Abs (f)"""
 
 _SCALE_TAIL = """
         share = Div (peak, largest)
@@ -29,19 +22,23 @@ _SCALE_TAIL = """
         s = Where (positive, share, one)
     }"""
 
-_SCALE_BY_ATTRIBUTE = Program(
-    "RoundingScale",
-    _SCALE_HEAD + "\n        peak = ReduceMax <axes: ints = @axes, keepdims = 1> (magnitude)" + _SCALE_TAIL,
-)
 
-_SCALE_BY_INPUT = Program(
-    "RoundingScale",
-    _SCALE_HEAD
-    + """
+def _scale_program(largest: int, reduced: str) -> Program:
+    """Scales by the largest magnitude; `reduced` yields the peak. A program's name is its identity, so other grids have other names."""
+    head = f"""<axes> (w) => (s) {{
+        largest = Constant <value = float {{{largest}.0}}> ()
+        nothing = Constant <value = float {{0.0}}> ()
+        one = Constant <value = float {{1.0}}> ()
+        f = Cast <to = 1> (w)
+        magnitude = Abs (f)"""
+    return Program("RoundingScale" if largest == LARGEST else f"RoundingScale{largest}", head + reduced + _SCALE_TAIL)
+
+
+_BY_ATTRIBUTE = "\n        peak = ReduceMax <axes: ints = @axes, keepdims = 1> (magnitude)"
+
+_BY_INPUT = """
         reduced = Constant <value: tensor = @axes> ()
         peak = ReduceMax <keepdims = 1> (magnitude, reduced)"""
-    + _SCALE_TAIL,
-)
 
 _CODES = Program(
     "RoundedCodes",
@@ -50,6 +47,17 @@ _CODES = Program(
         steps = Div (f, scale)
         rounded = Round (steps)
         c = Cast <to = 3> (rounded)
+    }""",
+)
+
+_NARROWED = Program(
+    "NarrowedCodes",
+    """<share> (c) => (n) {
+        part = Constant <value: tensor = @share> ()
+        f = Cast <to = 1> (c)
+        v = Mul (f, part)
+        r = Round (v)
+        n = Cast <to = 3> (r)
     }""",
 )
 
@@ -67,7 +75,8 @@ def requantize(emitter: Emitter, weight: str, spec: Spec, axis: int) -> IntegerW
         axis: that scales lie along.
 
     Returns:
-        codes = round(w / s), ties to even, with s = max|w| / 127 for each entry of `axis`, and 1 where that is zero.
+        codes = round(w / s), ties to even, with s = max|w| / largest for each entry of `axis`, and 1 where that is zero; the emitter's
+        target says what the largest code is.
 
     Raises:
         ValueError: the opset has no `Round`, or the weight has but one axis.
@@ -77,18 +86,31 @@ def requantize(emitter: Emitter, weight: str, spec: Spec, axis: int) -> IntegerW
     axes = [i for i in range(len(spec.shape)) if i != axis]
     if not axes:
         raise ValueError("a weight of one axis has nothing to share a scale")
+    largest = emitter.target.largest_code
     if emitter.target.opset < AXES_INPUT_OPSET:
-        scale = emitter.call(_SCALE_BY_ATTRIBUTE, [weight], emitter.name("p"), {"axes": axes})
+        scale = emitter.call(_scale_program(largest, _BY_ATTRIBUTE), [weight], emitter.name("p"), {"axes": axes})
     else:
-        scale = emitter.call(_SCALE_BY_INPUT, [weight], emitter.name("p"), {"axes": ints_attribute(axes)})
+        scale = emitter.call(_scale_program(largest, _BY_INPUT), [weight], emitter.name("p"), {"axes": ints_attribute(axes)})
     codes = emitter.call(_CODES, [weight, scale], emitter.name("c"), {})
-    return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis)
+    return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis, largest)
 
 
-def requantized(weight: NDArray[np.generic], axis: int) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """What the program yields: int8 codes of the weight's shape, and float32 scales of one dimension."""
+def narrowed(emitter: Emitter, weight: IntegerWeight) -> IntegerWeight:
+    """Add programs that round codes once more, to the largest code of the emitter's target.
+
+    Args:
+        emitter: collects them; its opset is `MIN_OPSET` or higher.
+        weight: with larger codes.
+    """
+    largest = emitter.target.largest_code
+    codes = emitter.call(_NARROWED, [weight.codes], emitter.name("n"), {"share": float_attribute(largest / weight.largest)})
+    return IntegerWeight(codes, emit_flat_scale(emitter, weight.scale, weight.largest / largest), weight.axis, largest)
+
+
+def requantized(weight: NDArray[np.generic], axis: int, largest: int = LARGEST) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """What the program of `requantize` yields: int8 codes of the weight's shape, and float32 scales of one dimension."""
     values = single(weight)
     others = tuple(i for i in range(values.ndim) if i != axis)
-    scale = np.abs(values).max(axis=others, keepdims=True) / np.float32(LARGEST)
+    scale = np.abs(values).max(axis=others, keepdims=True) / np.float32(largest)
     scale[~(scale > 0)] = 1
     return np.rint(values / scale).astype(np.int8), scale.reshape(-1)

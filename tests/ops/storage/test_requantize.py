@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from intaglio.ops.arithmetic.weight import integer_weight
 from intaglio.ops.emit import spec_of
 from intaglio.ops.storage import STORAGES, requantize, requantized
 from tests.ops.running import Array, assemble, emitter_for, normal, run, run_model
@@ -36,6 +38,26 @@ def test_the_program_is_the_reference(shape: tuple[int, ...], opset: int, seed: 
         for actual, reference in zip(outputs(array, axis, opset, functions=functions, optimize=seed % 2 == 0), expected, strict=True):
             np.testing.assert_array_equal(actual, reference)
             assert actual.dtype == reference.dtype
+
+
+@pytest.mark.parametrize("opset", [13, 18])
+@pytest.mark.parametrize("storage", ["int8", "kmeans4"])
+def test_a_target_of_fewer_bits_gets_smaller_codes(storage: str, opset: int, tmp_path: Path) -> None:
+    """A storage's own codes are rounded once more, what has none is rounded to them at once; either way that is folded."""
+    array = normal(3, 12, 40)
+    emitter = emitter_for(opset)
+    emitter.target = replace(emitter.target, largest_code=63)
+    packed = STORAGES[storage].encode(array, 0)
+    weight = integer_weight(emitter, "", STORAGES[storage], packed, spec_of(array), 0)
+    assert weight.largest == 63
+    emitter.node("Gather", [weight.codes, "index"], "y")
+    emitter.node("Gather", [weight.scale, "index"], "s")
+    feed, path = {"index": np.arange(12)}, tmp_path / "optimized.onnx"
+    codes, scale = run_model(assemble(emitter, feed, ["y", "s"]), feed, save_to=path)
+    assert np.abs(codes.astype(int)).max() <= 63
+    decoded = STORAGES[storage].decode(packed, spec_of(array))
+    assert (np.abs(codes * scale[:, None] - decoded) <= 0.5 * scale[:, None] * (1 + 1e-5)).all()  # float32 roundings of 2⁻²⁴ in 63 steps
+    assert [node.op_type for node in onnx.load(path).graph.node] == ["Gather", "Gather"]
 
 
 def test_codes_are_off_by_half_a_step() -> None:
