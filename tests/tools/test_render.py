@@ -29,6 +29,7 @@ REPORT = Report(
     statistics=(),
     canonicalization=Canonicalization(False, "nothing to do", 4, 4, 1000, 1000),
     sites=(),
+    integers="full",
     carriers=(),
     floors={},
     normalizations=(),
