@@ -22,12 +22,13 @@ from intaglio.passes.course import Course
 from intaglio.passes.errors import InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.learner import Learner
+from intaglio.passes.options import silent
 from intaglio.passes.save import serialized_size
 from intaglio.passes.student import Student, make_student
-from intaglio.passes.tune import TuneResult, tune
+from intaglio.passes.tune import Point, TuneResult, tune
 from intaglio.passes.verify import compare
 from tests.models import normal, parse
-from tests.passes.students import COARSE, OPTIONS, Stopper, assert_same, fitted, job, plan
+from tests.passes.students import COARSE, OPTIONS, Stopper, assert_same, course_of, fitted, job, plan
 
 
 @cache
@@ -82,6 +83,18 @@ def test_an_interrupted_run_keeps_its_best_and_goes_on_bit_by_bit(after: int, tm
     assert not resumed.interrupted
     assert_same(resumed, tuned())
     assert not list(tmp_path.iterdir())  # a run that came to its end leaves nothing to go on from
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(100, 1e-4), (200, 1e-3)], ids=["short", "long"])
+def test_long_runs_make_good_what_a_rate_loses_at_first(steps: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials take 12 and 13 steps here."""
+    opened = course_of(options=replace(OPTIONS, rates=(1e-4, 1e-3, 1e-2)))
+    run = module._Run(opened, steps, None)
+    run.history.append(Point(0, 0.5, 1.0, 0.0))
+    after = iter((1.05, 1.25, 1.4))
+    monkeypatch.setattr(opened, "learn", lambda _: 0.5)
+    monkeypatch.setattr(opened, "divergence", lambda: next(after))
+    assert run._best_rate(silent) == expected
 
 
 def test_the_best_of_several_rates_is_found_and_leaves_no_trace() -> None:
