@@ -317,9 +317,12 @@ class _Entries:
         return _Entries(rows, exact[kept], costs[kept], np.asarray(exact.max(axis=1, initial=0, where=kept), np.float32))
 
     def refined(self, steps: NDArray[np.float32], least: int, most: int) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
-        """The best steps (c,) for the codes that given steps yield, and minus what those take away from each channel's squared error."""
-        safe = np.maximum(steps, np.finfo(np.float32).tiny)
-        codes = np.clip(np.rint(self.values / safe[self.rows]), least, most)
+        """The best steps (c,) for the codes that given steps yield, and minus what those take away from each channel's squared error.
+
+        Entries that lose less as zeros count as such: what stays is chosen once more when steps are known.
+        """
+        exact = self.values / np.maximum(steps, np.finfo(np.float32).tiny)[self.rows]
+        codes = np.clip(np.rint(exact), least, most) * (exact > least / 2)
         weighted = self.costs * codes
         along, square = (np.bincount(self.rows, weighted * each, len(steps)) for each in (self.values, codes))
         found = np.where(square > 0, along / np.where(square > 0, square, 1), 0)
