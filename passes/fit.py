@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild, refit_last
 from intaglio.ops.decompositions.residual import Residual
+from intaglio.ops.emit import Spec
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.rounding import Problem, Rounding, compensation, encode, factor_input, feedback, fit_corrected
 from intaglio.ops.rounding.corrected import TURNS, Write
 from intaglio.ops.rounding.encoding import Packed
-from intaglio.ops.storage import STORAGES, is_scalar
+from intaglio.ops.storage import STORAGES, Storage, is_scalar
 from intaglio.ops.view import MatrixView
 
 from .rewrite import array_specs, array_storages
@@ -185,6 +186,30 @@ def compensation_gain(site: Site, weight: NDArray[np.float64], moment: Moment) -
     view = site.use.view
     some = Moment(moment.matrix[:, :_GAIN_INPUTS, :_GAIN_INPUTS], moment.rows)
     return compensation(weight[:, :: max(1, view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS], some)
+
+
+def storage_gain(storage: Storage, site: Site, weight: NDArray[np.float64], moment: Moment) -> float:
+    """The error of a storage after compensated rounding, over that of its own encoding were inputs unrelated, measured on the same part.
+
+    For storages that drop entries: what that loses is no matter of a step's size. It can be more than 1.
+
+    Args:
+        storage: accepts float32 matrices.
+        site: the site.
+        weight: (groups, m, n), as the first use sees it.
+        moment: second moment of its input.
+    """
+    if moment.diagonal:
+        return 1.0
+    part = weight[:, :: max(1, site.use.view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS]
+    groups, m, n = part.shape
+    some, reading = Moment(moment.matrix[:, :n, :n], moment.rows), MatrixView((groups * m, n), groups, m, n, True)
+    array = reading.stored(part).astype(np.float32)
+    problem = Problem(array, 0, reading, some, _spread(reading, some))
+    packs = (storage.encode(array, 0, problem.importance), encode(storage, problem, COMPENSATED))
+    plain, found = (reading.matrix(storage.decode(packed, Spec(array.shape, array.dtype))) for packed in packs)
+    unrelated = Moment(some.diag, some.rows).energy(part, plain)
+    return some.energy(part, found) / unrelated if unrelated > 0 else 1.0
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spectra (one per decomposition prices all its ranks). Rounding errors are
 computed for some channels of the dense weight in each storage; those of factors are computed once per decomposition, in one storage at a
 middle rank, and follow the dense errors for other storages. What error-compensated rounding gains is measured once per site, on a few
-outputs: the share of the error that it takes away hardly depends on the number of bits.
+outputs: the share of the error that it takes away hardly depends on the number of bits. Storages that drop
+entries have a share of their own each.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
 from intaglio.ops.storage import STORAGES, is_scalar, readers
+from intaglio.ops.storage.sparse import Sparse
 
-from .fit import compensation_gain, fit_factors, form_error, importance
+from .fit import compensation_gain, fit_factors, form_error, importance, storage_gain
 from .rewrite import array_specs, declines
 from .sites import Site
 
@@ -194,7 +196,9 @@ def _rounding_errors(
             reasons.append(f"{name}: {reason}")
             continue
         decoded = np.asarray(storage.decode(storage.encode(part, axis, weights), sampled), np.float64)
-        errors[name] = scale * float((weights * (exact - decoded) ** 2).sum()) * (gain if is_scalar(storage) else 1.0)
+        sparse = isinstance(storage, Sparse)
+        own_gain = storage_gain(storage, site, weight, moment) if sparse else gain if is_scalar(storage) else 1.0
+        errors[name] = scale * float((weights * (exact - decoded) ** 2).sum()) * own_gain
     return errors
 
 
