@@ -239,6 +239,30 @@ def _part(site: Site, weight: NDArray[np.float64], moment: Moment) -> tuple[NDAr
     return weight[:, :: max(1, site.use.view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS], some
 
 
+def storage_gain(storage: Storage, site: Site, weight: NDArray[np.float64], moment: Moment) -> float:
+    """The error of a storage after compensated rounding, over that of its own encoding were inputs unrelated, measured on the same part.
+
+    For storages that drop entries: what that loses is no matter of a step's size. It can be more than 1.
+
+    Args:
+        storage: accepts float32 matrices.
+        site: the site.
+        weight: (groups, m, n), as the first use sees it.
+        moment: second moment of its input.
+    """
+    if moment.diagonal:
+        return 1.0
+    part, some = _part(site, weight, moment)
+    groups, m, n = part.shape
+    reading = MatrixView((groups * m, n), groups, m, n, True)
+    array = reading.stored(part).astype(np.float32)
+    problem = Problem(array, 0, reading, some, _spread(reading, some))
+    packs = (storage.encode(array, 0, problem.importance), encode(storage, problem, COMPENSATED))
+    plain, found = (reading.matrix(storage.decode(packed, Spec(array.shape, array.dtype))) for packed in packs)
+    unrelated = Moment(some.diag, some.rows).energy(part, plain)
+    return some.energy(part, found) / unrelated if unrelated > 0 else 1.0
+
+
 @dataclass(frozen=True, eq=False)
 class _AnchorReading:
     """How a site's anchor reads as matrices, whatever chain of nodes turns it round."""

@@ -4,7 +4,7 @@ Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spect
 computed for some channels of the dense weight in each storage; those of factors are computed once per decomposition, in one storage at a
 middle rank, those of a corrected weight in one storage at every rank, and follow the dense errors for other storages. What
 error-compensated rounding gains is measured on a few outputs: once per site for uniform grids, as the share of the error that it takes away
-hardly depends on the number of bits, and once for codebooks of each length of runs, on the smallest.
+hardly depends on the number of bits, once for codebooks of each length of runs, on the smallest, and for each storage that drops entries.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
 from intaglio.ops.storage import LARGEST, STORAGES, is_scalar, is_tabular, readers
+from intaglio.ops.storage.sparse import Sparse
 
-from .fit import compensation_gain, fit_factors, form_error, importance, table_gain, uncorrected_share
+from .fit import compensation_gain, fit_factors, form_error, importance, storage_gain, table_gain, uncorrected_share
 from .kernels import INTEGERS
 from .rewrite import array_specs, declines
 from .sites import Site
@@ -226,6 +227,8 @@ def _rounding_errors(
         if is_tabular(storage) and (stand_in := _GAIN_STORAGES[name]) not in of_tables:
             of_tables[stand_in] = table_gain(STORAGES[stand_in], site, value, weight, moment)
         gain = uniform if is_scalar(storage) else of_tables[_GAIN_STORAGES[name]] if is_tabular(storage) else 1.0
+        if isinstance(storage, Sparse):
+            gain = storage_gain(storage, site, weight, moment)
         errors[name] = gain * scale * float((weights * (exact - decoded) ** 2).sum())
     return errors
 

@@ -112,6 +112,7 @@ RACE = (
     "planes3.0",
     "planes3.5",
     "planes4.0",
+    "sparse50-int1",
     "kmeans4",
     "kmeans3",
     "kmeans2",

@@ -83,6 +83,21 @@ def test_every_table_has_a_storage_that_its_gain_is_measured_in() -> None:
         assert one == other
 
 
+@pytest.mark.parametrize("storage", ["sparse50-int1", "sparse50-int3", "sparse75-int2"])
+def test_errors_of_sparse_weights_are_predicted_with_what_compensation_does_to_each(storage: str) -> None:
+    """Channels that count more or less, inputs that are correlated; measured on some outputs, so within a quarter."""
+    model, site = site_of(parse("g (float[N, 96] x) => (float[N, 160] y) { y = MatMul (x, w) }", {"w": normal(1, 96, 160)}))
+    rng = np.random.default_rng(0)
+    root = rng.standard_normal((1, 96, 60)) * np.geomspace(1, 10, 96)[:, None]
+    moment = Moment(root @ root.transpose(0, 2, 1) / 60, 60)
+    value = site.value(model)
+    (form,) = (
+        p for p in propose(site, value, moment, Allowed(("dense",), (storage,), arithmetics=("float",)))[0] if p.form.storage == storage
+    )
+    measured = relative_error(site.matrix(value), pack(site, form.form, value, moment)[1], moment)
+    assert measured == pytest.approx(form.rounding, rel=0.25)
+
+
 def test_truncation_falls_with_the_rank_and_rounding_with_the_bits() -> None:
     model, site = site_of(parse("g (float[N, 64] x) => (float[N, 64] y) { y = MatMul (x, w) }", {"w": smooth(64, 64)}))
     proposals, _ = propose(site, site.value(model), Moment.isotropic(1, 64), Allowed())
