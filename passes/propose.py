@@ -170,7 +170,10 @@ def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str,
 
 
 def _folds(form: Form) -> bool:
-    """Whether what runs beside a base could be added to it when the model is loaded: that is as small, as exact and faster."""
+    """Whether what runs beside a base could be added to it when the model is loaded: that is as small and faster.
+
+    Where eight bits are left the sum is rounded once more, by which bases of fewer bits lose little.
+    """
     beside = form.execution == "contract" and isinstance(DECOMPOSITIONS.get((form.decomposition, form.execution)), Residual)
     return beside and (form.arithmetic == "float" or ARITHMETICS[form.arithmetic].product_reason is None)
 

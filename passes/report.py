@@ -152,11 +152,12 @@ def latency_pricer(job: Job) -> LatencyPricer:
 def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:
     job, plan = outcome.job, outcome.plan
     sizes = job.sizes()
-    timer = latency_pricer(job)
-    return tuple(_site(site, plan, sizes, timer) for site in job.sites)
+    timer, declined = latency_pricer(job), partners_of(job).reasons
+    reasons = {site: f"; not {arithmetic}: {reason}" for (site, arithmetic), reason in declined.items()}
+    return tuple(_site(site, plan, sizes, timer, reasons.get(site.name, "")) for site in job.sites)
 
 
-def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> SiteFacts:
+def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer, declined: str) -> SiteFacts:
     form = plan.forms.get(site.name, UNCHANGED)
     candidate = plan.candidate(site.name) if site.name in plan.forms else None
     before, after = sizes.weight_bytes(site, UNCHANGED), sizes.weight_bytes(site, form)
@@ -178,7 +179,9 @@ def _site(site: Site, plan: Plan, sizes: SizePricer, timer: LatencyPricer) -> Si
         predicted_linear=candidate.linear if candidate is not None and plan.joint else None,
         reference_latency_s=reference_s,
         latency_s=latency_s,
-        reason=_kept_channels(site, form) + _reason(form, candidate, len(plan.menu.candidates.get(site.name, ())), before, after),
+        reason=_kept_channels(site, form)
+        + _reason(form, candidate, len(plan.menu.candidates.get(site.name, ())), before, after)
+        + declined,
     )
 
 

@@ -113,12 +113,12 @@ def compensates(storage: Storage, problem: Problem) -> bool:
 
 
 def _better(storage: Storage, problem: Problem, plain: Packed, found: Packed | None) -> Packed:
-    """The one with the smaller error in the metric."""
+    """The one with the smaller error in the metric; what overflows has none."""
     if found is None:
         return plain
     weight, spec = problem.reading.matrix(problem.array), Spec(problem.array.shape, problem.array.dtype)
     lost = [problem.moment.energy(weight, problem.reading.matrix(storage.decode(packed, spec))) for packed in (plain, found)]
-    return plain if lost[0] <= lost[1] else found
+    return found if lost[1] < lost[0] else plain
 
 
 def _tabulated(storage: TableStorage, problem: Problem, thorough: bool) -> Packed | None:

@@ -288,6 +288,8 @@ def test_plans_are_written_read_solved_again_and_applied(tmp_path: Path) -> None
     path.write_text(json.dumps(document), encoding="utf-8")
     outcome = apply_plan(job(), read_plan(path))
     assert operators(outcome.model.proto)["DynamicQuantizeLSTM"] == 1
+    alone = replace(outcome, job=job(exclude=("^r$",)))
+    assert "; not dynamic: " in next(site.reason for site in report(alone).sites if site.name == "w")
     document["sites"]["r"]["arithmetic"] = "float"
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(InputError, match="'w' and 'r' are weights of one LSTM"):

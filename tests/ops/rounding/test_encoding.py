@@ -144,6 +144,17 @@ def test_extreme_weights(value: float) -> None:
     assert np.isfinite(STORAGES["int4"].decode(packed, Spec((6, 20), np.dtype(np.float64)))).all()
 
 
+@pytest.mark.parametrize("name", ["int8", "int4", "sparse50-int4", "sparse75-int2"])
+def test_weights_next_to_the_end_of_half_precision_stay_finite(name: str) -> None:
+    """Compensated codes that decode to infinities lose against those that do not."""
+    task = problem("outputs first", 1, dtype="float16")
+    task = replace(task, array=(task.array / np.abs(task.array).max() * np.float16(65000)).astype(np.float16))
+    with np.errstate(over="ignore", invalid="ignore"):
+        packed = encode(STORAGES[name], task, Rounding())
+        decoded = STORAGES[name].decode(packed, Spec(task.array.shape, task.array.dtype))
+    assert np.isfinite(decoded).all()
+
+
 @dataclass(frozen=True)
 class _Cramped:
     """Integers that only fit while their magnitudes sum up to no more than `room`: stands for a code of variable width."""
