@@ -24,6 +24,7 @@ from intaglio.passes.load import load
 from intaglio.passes.partners import Partners, partners_of
 from intaglio.passes.plan import Plan, read_plan, to_json
 from intaglio.passes.replan import plan_job, replan
+from intaglio.passes.report import report
 from intaglio.passes.rewrite import declines
 from intaglio.passes.sites import find_sites
 from intaglio.passes.targets import TARGETS
