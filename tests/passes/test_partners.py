@@ -22,6 +22,7 @@ from intaglio.passes.errors import InputError
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.load import load
 from intaglio.passes.partners import Partners, partners_of
+from intaglio.passes.pipeline import compress_job
 from intaglio.passes.plan import Plan, read_plan, to_json
 from intaglio.passes.replan import plan_job, replan
 from intaglio.passes.report import report
@@ -289,9 +290,14 @@ def test_plans_are_written_read_solved_again_and_applied(tmp_path: Path) -> None
     path.write_text(json.dumps(document), encoding="utf-8")
     outcome = apply_plan(job(), read_plan(path))
     assert operators(outcome.model.proto)["DynamicQuantizeLSTM"] == 1
-    alone = replace(outcome, job=job(exclude=("^r$",)))
-    assert "; not dynamic: " in next(site.reason for site in report(alone).sites if site.name == "w")
     document["sites"]["r"]["arithmetic"] = "float"
     path.write_text(json.dumps(document), encoding="utf-8")
     with pytest.raises(InputError, match="'w' and 'r' are weights of one LSTM"):
         apply_plan(job(), read_plan(path))
+
+
+def test_the_report_says_why_a_weight_stays_in_floats() -> None:
+    facts = report(compress_job(job(exclude=("^r$",)), Request(size=0.6)))
+    reasons = {site.name: site.reason for site in facts.sites}
+    assert "; not dynamic: its LSTM reads 'r' too, which stays as it is" in reasons["w"]
+    assert "; not dynamic" not in reasons["w2"]
