@@ -315,7 +315,7 @@ class TuningFacts:
         skipped: site name → why its arrays were not tuned.
         reason: why nothing was tuned, or why tuning ended early; None where neither is so.
         blocks: (last value, error before, error after) of each block that was taught by itself.
-        unrounded: what teaching in floats reached before; None where that was not tried, or not kept.
+        unrounded: what teaching in floats reached before, and whether that was kept (`improved`); None where it was not tried.
     """
 
     improved: bool

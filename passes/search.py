@@ -18,9 +18,9 @@ from .model import Model
 from .options import Progress
 from .plan import Correction, Menu, Plan
 from .price import SizePricer
-from .tune import TuneResult
+from .tune import TuneResult, untouched
 from .tuning import asked_steps, lessons_of, tuned
-from .unrounded import UNROUNDED_SHARE, Unrounded, taught_unrounded
+from .unrounded import UNROUNDED_SHARE, taught_unrounded
 from .verify import compare
 from .within import LOOSE, SLACK, choose_within, latency_of, plan_within
 
@@ -97,18 +97,25 @@ def _excess_latency(job: Job, menu: Menu, budget: Budget, model: Model) -> float
 
 
 def taught(job: Job, attempt: Attempt, progress: Progress) -> tuple[Attempt, TuneResult | None]:
-    """The attempt, tuned if the settings ask for it and if the written model is better for it on the samples that judge tuning."""
-    learnt = taught_unrounded(job, attempt.plan.forms, progress)
-    start = attempt if learnt is None else _rounded(attempt, learnt, progress)
-    kept = learnt if start is not attempt else None
-    if learnt is not None and learnt.result.interrupted:
-        return start, replace(learnt.result, fitted=start.fitted, improved=kept is not None)
-    share = 1.0 if learnt is None else 1 - UNROUNDED_SHARE
-    result = tuned(start.job, start.plan.forms, start.fitted, share=share, progress=progress)
-    if result is None:
-        return start, result
-    if kept is not None:
-        result = replace(result, unrounded=kept.result)
+    """The attempt, tuned if the settings ask for it and if the written model is better for it on the samples that judge tuning.
+
+    An interrupt keeps what is whole by then: the attempt, what was taught in floats once it is rounded, or the best of tuning.
+    """
+    if asked_steps(job.settings.tune) is None:
+        return attempt, None
+    try:
+        learnt = taught_unrounded(job, attempt.plan.forms, progress)
+        start = attempt if learnt is None or learnt.job is None else _rounded(attempt, learnt.job, progress)
+    except KeyboardInterrupt:
+        return attempt, untouched(attempt.fitted, interrupted=True)
+    kept = start is not attempt
+    before = None if learnt is None else replace(learnt.result, improved=kept)
+    if before is not None and before.interrupted:
+        result = untouched(start.fitted, interrupted=True)
+        return start, replace(result, improved=kept, before=attempt.measured, after=start.measured, unrounded=before)
+    share = 1 - UNROUNDED_SHARE if kept else 1.0
+    result = tuned(start.job, start.plan.forms, start.fitted, share=share, progress=progress) or untouched(start.fitted)
+    result = replace(result, unrounded=before)
     judged = start, result
     if result.improved:
         try:
@@ -119,9 +126,9 @@ def taught(job: Job, attempt: Attempt, progress: Progress) -> tuple[Attempt, Tun
     return judged
 
 
-def _rounded(attempt: Attempt, learnt: Unrounded, progress: Progress) -> Attempt:
-    """The attempt's forms fitted to what was learnt in floats, if the written model is better for it; else the attempt."""
-    job, forms = learnt.job, attempt.plan.forms
+def _rounded(attempt: Attempt, job: Job, progress: Progress) -> Attempt:
+    """The attempt's forms fitted to a model that was taught in floats, if the written model is better for it; else the attempt."""
+    forms = attempt.plan.forms
     fitted = fit_forms(job, forms, keep=True, progress=progress)
     return _better(attempt, replace(attempt, job=job, fitted=fitted, model=finish(job, forms, fitted)))
 

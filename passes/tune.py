@@ -90,7 +90,7 @@ class TuneResult:
         skipped: site name → why its arrays were not tuned.
         reason: why nothing was tuned, or why tuning ended early; None where neither is so.
         blocks: what teaching blocks by themselves reached, in order.
-        unrounded: what teaching in floats reached before, where that was kept.
+        unrounded: what teaching in floats reached before, and whether that was kept (`improved`); None where it was not tried.
     """
 
     fitted: Fitted
@@ -144,15 +144,16 @@ def tune(
         course = open_course(job, student, options, lessons)
         if isinstance(course, str):
             log.info("not tuned: %s", course)
-            return replace(_untouched(fitted), skipped=student.skipped, reason=course)
+            return replace(untouched(fitted), skipped=student.skipped, reason=course)
         run = _Run(course, steps, _checkpoint(lessons or job, forms, fitted, steps, options))
     except KeyboardInterrupt:
-        return replace(_untouched(fitted), interrupted=True)
+        return untouched(fitted, interrupted=True)
     return run.go(progress)
 
 
-def _untouched(fitted: Fitted) -> TuneResult:
-    return TuneResult(fitted, False, math.nan, math.nan, (), 0, 0.0, 0.0)
+def untouched(fitted: Fitted, *, interrupted: bool = False) -> TuneResult:
+    """Of a plan that nothing was learnt of."""
+    return TuneResult(fitted, False, math.nan, math.nan, (), 0, 0.0, 0.0, interrupted)
 
 
 class _Run:

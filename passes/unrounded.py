@@ -37,16 +37,16 @@ class Unrounded:
     """What was learnt in floats.
 
     Attributes:
-        job: on the weights that were taught.
+        job: on the weights that were taught; None where nothing was learnt.
         result: of the tuning.
     """
 
-    job: Job
+    job: Job | None
     result: TuneResult
 
 
 def taught_unrounded(job: Job, forms: Mapping[str, Form], progress: Progress) -> Unrounded | None:
-    """Teach forms in floats as the settings say; None where nothing would be, or was, learnt.
+    """Teach forms in floats as the settings say; None where nothing would be learnt.
 
     Args:
         job: the job that the forms were chosen for.
@@ -58,9 +58,8 @@ def taught_unrounded(job: Job, forms: Mapping[str, Form], progress: Progress) ->
     loose = unrounded(forms)
     fitted = fit_forms(job, loose, keep=True, progress=progress)
     result = tuned(job, loose, fitted, share=UNROUNDED_SHARE, progress=progress)
-    if result is None or not result.improved:
-        return None
-    return Unrounded(continued(job, loose, result.fitted), result)
+    assert result is not None  # the settings ask for steps
+    return Unrounded(continued(job, loose, result.fitted) if result.improved else None, result)
 
 
 def leaves_out(form: Form) -> bool:

@@ -21,17 +21,19 @@ time limit does not strike.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import cvxpy as cp
+import highspy
 import numpy as np
 import scipy.sparse as sp
 from numpy.typing import NDArray
@@ -39,6 +41,8 @@ from numpy.typing import NDArray
 from .budget import QUANTITIES, Budget, Cost, Nearest, Quantity
 from .dominance import undominated
 from .problem import Problem, total_cost
+
+_GREETING = threading.Lock()
 
 Status = Literal["optimal", "feasible", "infeasible", "unknown"]
 Floats = NDArray[np.float64]
@@ -396,27 +400,25 @@ def _per_group(reduce: np.ufunc, values: Floats, group: Indices) -> Floats:
     return np.asarray(reduce.reduceat(values, starts)) if len(starts) else np.zeros(0)
 
 
-@contextmanager
-def _silent_stdout() -> Iterator[None]:
-    """Keep what is no Python off the process's standard output: HiGHS greets there, whatever its options say, and `--json` must not."""
-    try:
+@cache
+def _greeted() -> None:
+    """Let HiGHS greet: since 1.16 the first object of a process does so on its standard output, which `--json` promises to one document."""
+    with contextlib.suppress(OSError):  # there may be no standard output
         kept = os.dup(1)
-    except OSError:  # there is none
-        yield
-        return
-    sys.stdout.flush()
-    with open(os.devnull, "wb") as nowhere:
-        os.dup2(nowhere.fileno(), 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
+        try:
+            with open(os.devnull, "wb") as nowhere:
+                os.dup2(nowhere.fileno(), 1)
+            highspy.Highs()  # type: ignore[no-untyped-call]
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
 
 
 def _run(model: cp.Problem, deadline_s: float, options: Mapping[str, float]) -> Any:
     """Solve with HiGHS; its `HighsInfo`, or None when the model is infeasible (every variable is bounded: never unbounded)."""
-    with _silent_stdout(), warnings.catch_warnings():
+    with _GREETING:
+        _greeted()
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # cvxpy's advice at a time limit; `HighsInfo` says what there is
         model.solve(solver=cp.HIGHS, time_limit=max(deadline_s - time.perf_counter(), 0.01), **options)  # type: ignore[no-untyped-call]
     if model.status in (cp.INFEASIBLE, cp.settings.INFEASIBLE_OR_UNBOUNDED):

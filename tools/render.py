@@ -205,10 +205,12 @@ def _totals(report: Report) -> str:
 def _tuning_line(found: TuningFacts) -> str:
     """What tuning reached, and why it was not more."""
     first = found.unrounded
-    start = "the untuned weights are written" if first is None else "what was taught in floats is written"
-    outcome = "kept" if found.improved else f"not kept: {start}"
+    in_floats = first is not None and first.improved
+    outcome = (
+        "kept" if found.improved else f"not kept: {'what was taught in floats is' if in_floats else 'the untuned weights are'} written"
+    )
     reason = f" ({found.reason})" if found.reason else ""
-    floats = "" if first is None else f"{first.steps} steps in floats, divergence {first.before:.3g} → {first.after:.3g}; rounded, "
+    floats = "" if first is None else f"{first.steps} steps in floats, {'then rounded' if in_floats else 'not kept'}; "
     if found.before is None or found.after is None:
         return f"Tuning: {floats}{outcome}{reason}."
     return f"Tuning: {floats}{found.steps} steps, divergence {found.before:.3g} → {found.after:.3g} on choose samples; {outcome}{reason}."

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
 import pytest
@@ -20,7 +22,8 @@ from intaglio.passes.tune import TuneResult
 from intaglio.passes.unrounded import UNROUNDED_SHARE, leaves_out, taught_unrounded
 from intaglio.passes.verify import compare
 from tests.models import classifier
-from tests.passes.students import Stopper
+
+T = TypeVar("T")
 
 STEPS = 150
 SIZE = 0.2
@@ -71,6 +74,7 @@ def test_a_low_rank_learns_more_in_floats_first(monkeypatch: pytest.MonkeyPatch)
     found = outcome.tuning
     assert found is not None
     assert found.unrounded is not None
+    assert found.unrounded.improved
     assert found.unrounded.steps + len(found.unrounded.blocks) >= STEPS * UNROUNDED_SHARE * 2 / 3
     assert found.unrounded.after < 0.9 * found.unrounded.before
     facts = report(outcome).tuning
@@ -121,15 +125,47 @@ def test_it_is_dropped_where_the_written_model_is_no_better(monkeypatch: pytest.
     monkeypatch.setattr(search, "taught_unrounded", nonsense)
     found = compressed()
     assert found.tuning is not None
-    assert found.tuning.unrounded is None
-    assert found.plan.forms
+    assert found.tuning.unrounded is not None
+    assert not found.tuning.unrounded.improved
+    assert found.tuning.steps == STEPS - STEPS // 3  # all of them, less those of blocks
     monkeypatch.setattr(search, "taught_unrounded", lambda *_: None)
     assert found.choose_divergence <= compressed(tune=None).choose_divergence
 
 
-def test_an_interrupt_keeps_what_was_learnt() -> None:
-    outcome = compress_job(job_of(), Request(size=SIZE), progress=Stopper(30))
+class Once:
+    """Progress that the user stops, once: at an item of the given number of the first loop of that name."""
+
+    def __init__(self, what: str, after: int) -> None:
+        self.what, self.after, self.done = what, after, False
+
+    def __call__(self, items: Iterable[T], what: str, count: int) -> Iterator[T]:
+        for number, item in enumerate(items):
+            if what == self.what and number == self.after and not self.done:
+                self.done = True
+                raise KeyboardInterrupt
+            yield item
+
+
+@pytest.mark.parametrize(("what", "after"), [("Tuning", 30), ("Tuning", 0), ("Trying rates", 1), ("Tuning blocks", 1)])
+def test_an_interrupt_ends_tuning_with_what_there_is(what: str, after: int) -> None:
+    """One, wherever it comes: no loop goes on as if nothing had happened."""
+    stopper = Once(what, after)
+    outcome = compress_job(job_of(), Request(size=SIZE), progress=stopper)
+    assert stopper.done
     assert outcome.tuning is not None
     assert outcome.tuning.interrupted
+    assert outcome.tuning.steps == 0
     assert outcome.size_bytes <= SIZE * outcome.job.original.size_bytes
     assert outcome.choose_divergence <= compressed(tune=None).choose_divergence
+
+
+def test_an_interrupt_while_it_is_rounded_keeps_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(search, "_rounded", stopped)
+    outcome = compressed()
+    assert outcome.tuning is not None
+    assert outcome.tuning.interrupted
+    assert not outcome.tuning.improved
+    assert outcome.choose_divergence == compressed(tune=None).choose_divergence
