@@ -26,7 +26,7 @@ from intaglio.ops.view import MatrixView
 
 from .canonicalize import remove_dead
 from .graph import MAIN, reads, scopes
-from .kernels import INTEGERS, Integers
+from .kernels import Integers
 from .model import Model
 from .sites import Site, SiteUse, opset
 from .weights import WeightStore
@@ -144,9 +144,7 @@ def ghosts(site: Site, form: Form) -> Packed:
     return tuple(STORAGES[storage].layout(spec, axis) for storage, (spec, axis) in zip(storages, specs, strict=True))
 
 
-def fragment(
-    site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str], integers: Integers = INTEGERS["full"]
-) -> Fragment:
+def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str], integers: Integers) -> Fragment:
     """Emit a form of a site.
 
     Args:

@@ -194,7 +194,9 @@ class _Opener:
             (STORAGES[name].decode(packs, spec) if isinstance(latent, str) else spec,)
             for latent, name, packs, (spec, _) in zip(latents, storages, packed, specs, strict=True)
         ]
-        part = fragment(site, replace(form, storage="float", arithmetic="float"), tuple(arrays), self.job.model.proto, self._taken)
+        part = fragment(
+            site, replace(form, storage="float", arithmetic="float"), tuple(arrays), self.job.model.proto, self._taken, self.job.integers
+        )
         names: list[str | None] = []
         for latent, name, number in zip(latents, part.initializers, range(len(specs)), strict=False):
             if isinstance(latent, str):
