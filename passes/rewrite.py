@@ -21,7 +21,7 @@ from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
 from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import CARRIED, PRUNED, Form
-from intaglio.ops.storage import STORAGES, readers
+from intaglio.ops.storage import STORAGES, Storage, limited, readers
 from intaglio.ops.view import MatrixView
 
 from .canonicalize import remove_dead
@@ -128,6 +128,21 @@ def array_storages(form: Form, count: int) -> tuple[str, ...]:
     if form.decomposition in ("dense", PRUNED):
         return (form.storage,)
     return DECOMPOSITIONS[form.decomposition, form.execution].storages(form.storage, count)
+
+
+def written_storages(form: Form, count: int, integers: Integers) -> tuple[Storage, ...]:
+    """The same as they write their codes: those that operators in int8 read as they are have no code that these do not admit."""
+    storages = [STORAGES[name] for name in array_storages(form, count)]
+    if not reads_bytes(form):
+        return tuple(storages)
+    largest = integers.largest_code(form.arithmetic)
+    return tuple(limited(each, largest) if narrow else each for each, narrow in zip(storages, array_narrow(form, count), strict=True))
+
+
+def reads_bytes(form: Form) -> bool:
+    """Whether operators in int8 read a form's arrays, and no product of them."""
+    product = form.execution == "dense" and form.decomposition not in ("dense", PRUNED)
+    return form.arithmetic in ("integer", "dynamic") and not product
 
 
 def array_narrow(form: Form, count: int) -> tuple[bool, ...]:
