@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -13,6 +13,7 @@ import onnxruntime as ort
 import pytest
 from onnx import numpy_helper
 
+import intaglio
 from intaglio.ops.form import Form
 from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.storage import requantized
@@ -26,6 +27,7 @@ from intaglio.passes.errors import InputError
 from intaglio.passes.fit import pack
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.kernels import INTEGERS, Kernels, chosen_integers, exact_variants, find_kernels
+from intaglio.passes.latency import Timing
 from intaglio.passes.model import Model
 from intaglio.passes.plan import read_plan, to_json
 from intaglio.passes.propose import Allowed, propose
@@ -97,9 +99,45 @@ def test_the_probe_runs_once_a_machine(tmp_path: Path, monkeypatch: pytest.Monke
     assert chosen_integers("auto", True, Cache(tmp_path), (CPU,)) == first.choice
     monkeypatch.setattr(kernels, "exact_variants", lambda _: ("signed",))
     assert find_kernels(Cache(tmp_path), (CPU,)) == first
-    assert find_kernels(Cache(None), (CPU,)).choice == "signed"  # measured in turns, too
+    assert find_kernels(Cache(None), (CPU,)).choice == "signed"
     assert chosen_integers("auto", False, Cache(None), (CPU,)) == "full"
     assert chosen_integers("reduced", True, Cache(tmp_path), (CPU,)) == "reduced"
+
+
+@pytest.mark.parametrize(("signed_s", "choice"), [(1.1, "reduced"), (0.96, "reduced"), (0.94, "signed")])
+def test_signed_activations_have_to_be_clearly_faster(signed_s: float, choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def timed(runs: Sequence[object]) -> list[Timing]:
+        assert len(runs) == 2
+        return [Timing(seconds, seconds, np.asarray([seconds])) for seconds in (1.0, signed_s)]
+
+    monkeypatch.setattr(kernels, "exact_variants", lambda _: ("reduced", "signed"))
+    monkeypatch.setattr(kernels, "measure", timed)
+    assert find_kernels(Cache(None), (CPU,)).choice == choice
+
+
+def test_what_a_provider_refuses_is_not_exact() -> None:
+    def refuse(proto: onnx.ModelProto, x: Array) -> Array:
+        if any(node.op_type == "Conv" for node in proto.graph.node):
+            raise InputError("no kernel")
+        return processor(proto, x, ())
+
+    assert exact_variants(refuse) == ()
+
+
+def test_nothing_is_probed_where_nothing_computes_in_integers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where no layer can, nor where a plan says with which."""
+
+    def probed(_: object) -> tuple[str, ...]:
+        raise AssertionError("probed")
+
+    monkeypatch.setattr(kernels, "exact_variants", probed)
+    table = parse("g (int64[N] i) => (float[N, 32] y) { y = Gather (w, i) }", {"w": normal(1, 64, 32)}), {"i": np.arange(64)}
+    assert open_job(*table, Settings()).settings.integers == "full"
+    model = parse("g (float[N, 32] x) => (float[N, 32] y) { y = MatMul (x, w) }", {"w": normal(1, 32, 32)})
+    data = {"x": normal(2, 64, 32)}
+    assert open_job(model, data, Settings(arithmetics=("float",))).settings.integers == "full"
+    plan = intaglio.plan(model, data, size=0.9, settings=Settings(integers="reduced", storages=("int8",), decompositions=("dense",)))
+    assert intaglio.apply(model, plan, data).report.integers == "reduced"
 
 
 @pytest.mark.parametrize("target", ["mobile", "web", "cuda"])
