@@ -38,7 +38,7 @@ def main(
     for site, moment in measured_sites(job):
         options = [c for c in menu.candidates[site.name] if c.divergence > 1e-9]
         for index in rng.choice(len(options), min(forms, len(options)), replace=False):
-            _, weight = pack(site, options[index].form, site.value(job.model), moment)
+            _, weight = pack(site, options[index].form, site.value(job.model), moment, integers=job.integers)
             pairs.setdefault(site.name, []).append((options[index].divergence, probe.replaced(site, site.stored(weight))))
     table = Table("site", "predicted", "measured", "ratio", title=f"{model}: divergence of one form per site ({menu.unit})")
     for name, found in pairs.items():

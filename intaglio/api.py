@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -181,7 +182,9 @@ def apply(model: ModelSource, plan: Plan | str | Path, data: Source, *, settings
     """
     settings = settings or Settings()
     check_settings(settings)
-    return Result(apply_plan(open_job(model, data, settings), _plan(plan)))
+    known = _plan(plan)
+    settings = replace(settings, integers=known.menu.integers)
+    return Result(apply_plan(open_job(model, data, settings), known))
 
 
 def verify(

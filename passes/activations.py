@@ -15,7 +15,6 @@ from onnx import ModelProto
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.families import FAMILIES
 from intaglio.ops.form import Form
-from intaglio.ops.storage import STORAGES
 from intaglio.solver import Cost
 
 from .coupling import Unit
@@ -26,7 +25,7 @@ from .partners import Group, partners_of
 from .ranges import calibrated
 from .recall import Finding, Findings
 from .regions import KEEPING, Carrier
-from .rewrite import array_specs, fragment, rewrite
+from .rewrite import array_specs, fragment, rewrite, written_storages
 from .sites import Site
 from .units import units_around
 
@@ -105,23 +104,29 @@ def _divergence(job: Job, values: Sequence[str]) -> dict[str, float]:
     """Divergence of the outputs when each value alone is rounded; values that cannot be rounded are left out."""
     ranges = calibrated(job.model, values, job.data, job.splits.fit[: job.data.enough(RANGE_SAMPLES)], job.calibration, "mse")
     probe = job.probe()
-    return {value: max(0.0, probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges}
+    return {value: _lost(probe.divergence(fake_quantized(job.model, [value], ranges).proto)) for value in values if value in ranges}
 
 
 def _inside(job: Job, group: Group) -> float:
     """Divergence of the outputs when one operator rounds what it reads and what it keeps from step to step: computing with integers against
-    computing in floats with the same weights, which are rounded to bytes."""
+    computing in floats with the same weights, which are rounded to bytes; infinite where either breaks the model."""
     probe, taken = job.probe(), frozenset(all_names(job.model.proto))
+    (storage,) = written_storages(group.form, 1, job.integers)
 
     def measured(form: Form) -> float:
         parts = {}
         for site in group.sites:
             ((_, axis),) = array_specs(site, form)
-            packed = (STORAGES[form.storage].encode(site.value(job.model), axis),)
-            parts[site.name] = fragment(site, form, packed, job.model.proto, taken)
+            packed = (storage.encode(site.value(job.model), axis),)
+            parts[site.name] = fragment(site, form, packed, job.model.proto, taken, job.integers)
         return probe.divergence(rewrite(job.model, parts, group.sites).proto)
 
-    return max(0.0, measured(group.form) - measured(replace(group.form, arithmetic="float")))
+    return _lost(measured(group.form), measured(replace(group.form, arithmetic="float")))
+
+
+def _lost(divergence: float, before: float = 0.0) -> float:
+    """What a divergence adds to the one before; infinite where either is not finite, as `max` takes 0 for what is no number."""
+    return max(0.0, divergence - before) if math.isfinite(divergence) and math.isfinite(before) else math.inf
 
 
 def _outside(proto: ModelProto, units: Mapping[str, Unit], sites: Sequence[Site], carriers: Sequence[Carrier]) -> frozenset[str]:

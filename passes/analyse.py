@@ -157,7 +157,7 @@ def _timer(job: Job, cache: Cache, latency: bool) -> tuple[LatencyPricer | None,
     runtime = job.settings.runtime
     session = open_session(job.model.proto, weights=job.model.weights, threads=runtime.threads, providers=runtime.providers)
     bench = MicroBench(cache, runtime.providers, runtime.threads, budget_s=_TIMING_S)
-    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job), job.integers.activations)
+    timer = LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job), job.integers)
     base_s = timer.calibrate(job.sites.sites, session.bind(job.data.first(1)))
     if job.floors and not job.lineage:
         original = open_session(job.original.proto, weights=job.original.weights, threads=runtime.threads, providers=runtime.providers)

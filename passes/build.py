@@ -295,7 +295,7 @@ class _Fitting:
         weight = site.matrix(value)
         target = matched(weight, weight, folds, free_mean=bias is not None, outputs=moment.outputs)
         aim = (value, weight) if target is None else (site.stored(target), target)
-        arrays, decoded = store(site, form, *aim, moment)
+        arrays, decoded = store(site, form, *aim, moment, self.job.integers)
         part = fragment(site, form, arrays, model.proto, self._taken, self.job.integers)
         if bias is None or moment.mean is None:
             return part, arrays

@@ -21,10 +21,11 @@ from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.rounding import Problem, Rounding, compensates, compensation, encode, factor_input, feedback, fit_corrected
 from intaglio.ops.rounding.corrected import TURNS, Write
 from intaglio.ops.rounding.encoding import Packed
-from intaglio.ops.storage import STORAGES, Storage, is_scalar, is_tabular
+from intaglio.ops.storage import Storage, is_scalar, is_tabular
 from intaglio.ops.view import MatrixView
 
-from .rewrite import array_specs, array_storages
+from .kernels import INTEGERS, Integers
+from .rewrite import array_specs, written_storages
 from .sites import Site
 
 _ERROR_ENTRIES = 1 << 22
@@ -60,6 +61,7 @@ def store(
     value: NDArray[np.generic],
     weight: NDArray[np.float64],
     moment: Moment,
+    integers: Integers,
     factors: tuple[NDArray[np.float64], ...] | None = None,
     rounding: Rounding = COMPENSATED,
 ) -> tuple[Arrays, tuple[NDArray[np.generic], ...]]:
@@ -71,11 +73,12 @@ def store(
         value: the anchor's array.
         weight: the same as the first use sees it, (groups, m, n) float64.
         moment: second moment of the site's input.
+        integers: that operators compute with.
         factors: from `fit_factors`, where they are known already.
         rounding: how integers are chosen.
     """
     specs = array_specs(site, form)
-    storages = [STORAGES[name] for name in array_storages(form, len(specs))]
+    storages = written_storages(form, len(specs), integers)
     if form.decomposition == "dense":
         ((spec, axis),) = specs
         problem = Problem(value, axis, _AnchorReading(site), moment, importance(site, moment))
@@ -83,19 +86,20 @@ def store(
         return (packed,), (storages[0].decode(packed, spec),)
     decomposition = DECOMPOSITIONS[form.decomposition, form.execution]
     if isinstance(decomposition, Residual):
-        every = _store_corrected(site, form, decomposition, weight, moment, rounding)
+        every = _store_corrected(site, form, storages, decomposition, weight, moment, rounding)
         return every, tuple(storage.decode(packed, spec) for storage, packed, (spec, _) in zip(storages, every, specs, strict=True))
     leading = (fit_factors(site, form, weight, moment) if factors is None else factors)[:-1]
     # The last factor takes up what leading ones lose, so compensation within these can lose what it gained: the better way is kept.
     chosen = is_scalar(storages[0]) or is_tabular(storages[0])
     ways = (rounding, Rounding(compensate=False)) if rounding.compensate and chosen else (rounding,)
-    found = [_store_factors(site, form, weight, moment, leading, (way, rounding)) for way in ways]
+    found = [_store_factors(site, form, storages, weight, moment, leading, (way, rounding)) for way in ways]
     return min(found, key=lambda each: moment.energy(weight, rebuilt(site, form, each[1]))) if len(found) > 1 else found[0]
 
 
 def _store_factors(
     site: Site,
     form: Form,
+    storages: Sequence[Storage],
     weight: NDArray[np.float64],
     moment: Moment,
     leading: tuple[NDArray[np.float64], ...],
@@ -103,19 +107,19 @@ def _store_factors(
 ) -> tuple[Arrays, tuple[NDArray[np.generic], ...]]:
     """The packed arrays of leading factors and of the last one, which is fitted to them, and what each decodes to.
 
-    Arguments as for `store`; `roundings` says how integers of leading factors and of the last one are chosen.
+    Arguments as for `store`; `storages` write the arrays, `roundings` says how integers of leading factors and of the last one are chosen.
     """
     decomposition, specs = DECOMPOSITIONS[form.decomposition, form.execution], array_specs(site, form)
     packs: list[tuple[NDArray[np.generic], ...]] = []
     decoded: list[NDArray[np.generic]] = []
-    for number, ((spec, axis), name) in enumerate(zip(specs, array_storages(form, len(specs)), strict=True)):
+    for number, ((spec, axis), storage) in enumerate(zip(specs, storages, strict=True)):
         known = [np.asarray(array, np.float64) for array in decoded]
         last = number == len(leading)
         factor = refit_last(decomposition, weight, moment, site.use, form.ranks, known) if last else leading[number]
         view, metric = factor_input(decomposition, site.use, form.ranks, known, moment.with_outputs(None))
         problem = Problem(factor.astype(spec.dtype), axis, view, metric, _spread(view, metric))
-        packs.append(encode(STORAGES[name], problem, roundings[last]))
-        decoded.append(STORAGES[name].decode(packs[-1], spec))
+        packs.append(encode(storage, problem, roundings[last]))
+        decoded.append(storage.decode(packs[-1], spec))
     return tuple(packs), tuple(decoded)
 
 
@@ -135,21 +139,27 @@ def uncorrected_share(
         storage: in which the base is tried.
     """
     form = Form("dense", (), storage)
-    rounded = rebuilt(site, form, store(site, form, value, weight, moment, rounding=Rounding(thorough=False))[1])
+    rounded = rebuilt(site, form, store(site, form, value, weight, moment, INTEGERS["full"], rounding=Rounding(thorough=False))[1])
     energies = spectrum(weight - rounded, moment)
     total = float(energies.sum())
     return [float(energies[:, rank:].sum()) / total if total > 0 else 1.0 for rank in ranks]
 
 
 def _store_corrected(
-    site: Site, form: Form, decomposition: Residual, weight: NDArray[np.float64], moment: Moment, rounding: Rounding
+    site: Site,
+    form: Form,
+    storages: Sequence[Storage],
+    decomposition: Residual,
+    weight: NDArray[np.float64],
+    moment: Moment,
+    rounding: Rounding,
 ) -> Arrays:
     """The packed arrays of a base and its correction."""
     specs = array_specs(site, form)
     parts = None if moment.diagonal or not rounding.compensate else feedback(moment)
 
     def writer(number: int, view: MatrixView) -> Write:
-        (spec, axis), storage = specs[number], STORAGES[array_storages(form, len(specs))[number]]
+        (spec, axis), storage = specs[number], storages[number]
 
         def write(matrix: NDArray[np.float64], metric: Moment) -> tuple[Packed, NDArray[np.float64]]:
             own = metric if number == 0 else metric.with_outputs(None)  # the outputs of factors are no outputs of the layer
@@ -176,10 +186,15 @@ def rebuilt(site: Site, form: Form, decoded: tuple[NDArray[np.generic], ...]) ->
 
 
 def pack(
-    site: Site, form: Form, value: NDArray[np.generic], moment: Moment, rounding: Rounding = COMPENSATED
+    site: Site,
+    form: Form,
+    value: NDArray[np.generic],
+    moment: Moment,
+    rounding: Rounding = COMPENSATED,
+    integers: Integers = INTEGERS["full"],
 ) -> tuple[Arrays, NDArray[np.float64]]:
     """`store` and `rebuilt` in one: the packed arrays of a form, and the weight that they stand for."""
-    arrays, decoded = store(site, form, value, site.matrix(value), moment, rounding=rounding)
+    arrays, decoded = store(site, form, value, site.matrix(value), moment, integers, rounding=rounding)
     return arrays, rebuilt(site, form, decoded)
 
 
@@ -191,9 +206,10 @@ def form_error(
     moment: Moment,
     factors: tuple[NDArray[np.float64], ...] | None = None,
     rounding: Rounding = COMPENSATED,
+    integers: Integers = INTEGERS["full"],
 ) -> float:
     """Relative output error of a form as it would be stored, on every k-th output of a large weight; arguments as for `store`."""
-    approximation = rebuilt(site, form, store(site, form, value, weight, moment, factors, rounding)[1])
+    approximation = rebuilt(site, form, store(site, form, value, weight, moment, integers, factors, rounding)[1])
     step = -(-site.elements // _ERROR_ENTRIES)
     return relative_error(weight[:, ::step], approximation[:, ::step], moment.of_outputs(slice(None, None, step)))
 

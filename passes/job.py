@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,6 +14,7 @@ import numpy as np
 import onnx
 from numpy.typing import NDArray
 
+from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.solver import Budget
 
 from .cache import Cache
@@ -208,9 +209,7 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
     clock = clock or Clock()
     if settings.target not in TARGETS:
         raise InputError(f"--target {settings.target}: unknown; expected one of {', '.join(TARGETS)}")
-    own = settings.target == "cpu" and not {"integer", "dynamic"}.isdisjoint(settings.allowed().arithmetics)
     with clock.phase("load"):
-        settings = replace(settings, integers=chosen_integers(settings.integers, own, Cache(settings.cache), settings.runtime.providers))
         original = load(source)
         dataset = open_dataset(data, input_specs(original.proto), labels=settings.labels, seed=settings.seed)
         splits = split(len(dataset), seed=settings.seed, samples=settings.samples)
@@ -221,6 +220,8 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
     kinds = output_kinds(original.proto, settings.kind)
     found = without_broken(model, find_sites(model))
     sites, excluded = TARGETS[settings.target].select(found, settings.include, settings.exclude)
+    own = settings.target == "cpu" and _has_integers(sites, settings.allowed().arithmetics)
+    settings = replace(settings, integers=chosen_integers(settings.integers, own, Cache(settings.cache), settings.runtime.providers))
     calibration = replace(settings.runtime, threads=max(settings.runtime.threads, os.cpu_count() or 1))
     if original.size_bytes > calibration.memory_limit_bytes:  # sessions copy and repack weights: leave room for that
         calibration = replace(calibration, memory_limit_bytes=calibration.memory_limit_bytes // 4)
@@ -231,3 +232,9 @@ def open_job(source: str | Path | onnx.ModelProto, data: Source, settings: Setti
     return Job(
         original, model, canonicalization, sites, excluded, dataset, splits, kinds, shapes, carriers, values, settings, calibration, clock
     )
+
+
+def _has_integers(sites: Sites, arithmetics: Collection[str]) -> bool:
+    """Whether any operator that reads a site can compute with bytes in an arithmetic that is allowed."""
+    allowed = [ARITHMETICS[name] for name in ("integer", "dynamic") if name in arithmetics]
+    return any(each.declines(use.use, site.opset) is None for each in allowed for site in sites for use in site.uses)

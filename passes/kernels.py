@@ -9,10 +9,10 @@ running extreme codes through the operators as this compiler writes them, agains
 - ``signed``: signed activations, weights within ±127. `DynamicQuantizeLinear` knows unsigned ones only, so behind it weights stay within
   ±63.
 
-``auto`` is ``full`` where that is exact, and for targets whose processor is not this one. Elsewhere it is the one of the others that is
-exact and faster, measured in turns; ``reduced`` where neither is exact. On x86 ONNX Runtime makes unsigned activations of signed ones
-before it chooses kernels, and only of values with one reader, unless `session.qdqisint8allowed` is set: there ``signed`` is neither exact
-nor fast. It is for processors with signed kernels, like Arm's.
+``auto`` is ``full`` where that is exact, and for targets whose processor is not this one. Elsewhere it is ``reduced``, unless only
+``signed`` is exact, or it is exact too and clearly faster, measured in turns; ``reduced`` where neither is exact. On x86 ONNX Runtime makes
+unsigned activations of signed ones before it chooses kernels, and only of values with one reader, unless `session.qdqisint8allowed` is set:
+there ``signed`` is neither exact nor fast. It is for processors with signed kernels, like Arm's.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from numpy.typing import NDArray
 from onnx import ModelProto, numpy_helper
 
 from .cache import Cache, digest
+from .errors import InputError
 from .latency import machine, measure
 from .session import RUNTIME_VERSION, open_session
 
-_REVISION = 1
+_REVISION = 2
 """Counts up whenever the probe finds out something else on the same machine."""
 
 _NAMESPACE = "kernels"
@@ -39,6 +40,9 @@ _TRIED = (16, 64, 32)
 _TIMED = (128, 512, 512)
 """Rows, inputs and outputs of the products that are tried and timed. Steps are 1, so that the floats that come out are the sums
 themselves: with so few inputs none of them exceeds 2²⁴, from which on floats have gaps."""
+
+_CLEARLY = 0.95
+"""The share of the other's time within which ``signed`` is faster: closer ones may change places from run to run."""
 
 _OPERATORS = ("Conv", "MatMul", "dynamic")
 """What is tried: each has kernels of its own."""
@@ -80,7 +84,7 @@ class Kernels:
 
     Attributes:
         exact: names of the variants whose results are right.
-        fastest: name of the faster of "reduced" and "signed".
+        fastest: "signed" where that was found to be clearly faster, else "reduced".
     """
 
     exact: tuple[str, ...]
@@ -100,7 +104,7 @@ def chosen_integers(asked: str, own_machine: bool, cache: Cache, providers: tupl
 
     Args:
         asked: a name, or "auto".
-        own_machine: whether the result is for a processor like this one, and computes in integers at all.
+        own_machine: whether the result is for a processor like this one, and may compute in integers at all; nothing is probed elsewhere.
         cache: of measurements.
         providers: execution providers in order of preference.
     """
@@ -125,7 +129,8 @@ def find_kernels(cache: Cache, providers: tuple[str, ...]) -> Kernels:
         return np.asarray(open_session(model, providers=providers).run(["y"], {"x": x})[0], np.float32)
 
     exact = exact_variants(run)
-    found = Kernels(exact, "reduced" if "full" in exact else _faster(providers))
+    contest = "full" not in exact and {"reduced", "signed"} <= set(exact)
+    found = Kernels(exact, _faster(providers) if contest else "reduced")
     cache.put_json(_NAMESPACE, key, ["exact", *found.exact, found.fastest])
     return found
 
@@ -140,11 +145,14 @@ def exact_variants(run: Run) -> tuple[str, ...]:
 
 
 def _is_exact(run: Run, operator: str, integers: Integers) -> bool:
-    """Whether an operator's sums are right to within its output's step, or to rounding where that is a float."""
+    """Whether an operator's sums are right to within its output's step, or to rounding where that is a float; not if it is refused."""
     x, codes = _extremes(operator, integers, _TRIED)
     right = x.astype(np.int64) @ (codes + codes[:, ::-1] if operator == "MatMul" else codes)
     step = float(np.abs(right).max()) / 100
-    found = run(_model(operator, integers, codes, step), _shaped(operator, x))
+    try:
+        found = run(_model(operator, integers, codes, step), _shaped(operator, x))
+    except InputError:
+        return False
     found = found.reshape(found.shape[1], -1).T if operator == "Conv" else found
     return bool(np.abs(found - right).max() <= (step if operator == "Conv" else 0.5))
 
@@ -199,11 +207,10 @@ def _model(operator: str, integers: Integers, codes: NDArray[np.int64], step: fl
 
 
 def _faster(providers: tuple[str, ...]) -> str:
-    """The faster of the variants that stand in for ``full``, measured in turns on a product with fixed scales."""
-    names = ("reduced", "signed")
+    """``signed`` if that is clearly faster than ``reduced``, measured in turns on a product with fixed scales."""
     runs = []
-    for name in names:
+    for name in ("reduced", "signed"):
         x, codes = _extremes("MatMul", INTEGERS[name], _TIMED)
         runs.append(open_session(_model("MatMul", INTEGERS[name], codes, 1.0), providers=providers).bind({"x": x}))
-    timings = measure(runs)
-    return min(zip(names, timings, strict=True), key=lambda each: each[1].median_s)[0]
+    reduced, signed = measure(runs)
+    return "signed" if signed.median_s < _CLEARLY * reduced.median_s else "reduced"

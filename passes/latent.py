@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from intaglio.ops.emit import Spec
-from intaglio.ops.storage import STORAGES, Grid, ScalarStorage, is_scalar
+from intaglio.ops.storage import Grid, ScalarStorage, Storage, is_scalar
 from intaglio.ops.storage.codebook import Codebook
 from intaglio.ops.storage.packing import Bits
 from intaglio.ops.storage.planes import Planes
@@ -337,11 +337,11 @@ class Tabled:
         return values.reshape(table.shape).astype(np.float16)
 
 
-def latent_of(name: str, packed: Packed, spec: Spec, axis: int, *, scales: bool = True) -> Latent | str:
+def latent_of(storage: Storage, packed: Packed, spec: Spec, axis: int, *, scales: bool = True) -> Latent | str:
     """What can be trained of a stored array, or the reason why nothing can.
 
     Args:
-        name: of its storage.
+        storage: that it is written in.
         packed: as the storage wrote it.
         spec: what it decodes to.
         axis: its channel axis.
@@ -349,7 +349,6 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int, *, scales: bool 
     """
     if spec.dtype != np.float32:
         return f"a weight of {spec.dtype}: only float32 is tuned"
-    storage = STORAGES[name]
     array = np.asarray(storage.decode(packed, spec), np.float32)
     if isinstance(storage, Sparse):
         steps = channel_steps(packed, len(packed) - 1) if scales else None
@@ -363,7 +362,7 @@ def latent_of(name: str, packed: Packed, spec: Spec, axis: int, *, scales: bool 
         return _tabled(storage, packed, spec)
     if len(packed) == 1 and packed[0].dtype.kind == "f":
         return Plain(array, packed[0].dtype)
-    return f"storage {name} cannot be tuned"
+    return f"storage {storage.name} cannot be tuned"
 
 
 def within_cells(latent: Rounded | Levelled, aim: Float32, stored: Float32 | None = None) -> Float32:

@@ -219,14 +219,18 @@ def packed_noise(packed: Sequence[Array], rng: np.random.Generator) -> tuple[NDA
     return tuple(np.full_like(array, step) if array.dtype.kind in "fV" else array for array in arrays)
 
 
+_ADMITTED = min(each.largest_code(name) for each in INTEGERS.values() for name in ("integer", "dynamic"))
+"""Magnitude of codes of weights that operators in integers compute with whatever the variant."""
+
+
 def noise(array: Array, rng: np.random.Generator) -> NDArray[np.generic]:
     """Random values of an array's shape and dtype, scaled like weights; bytes are spread like quantized weights, other integers are zeros.
 
-    Processors multiply zeros faster: by a tenth in the 8-bit kernels for whole models.
+    Processors multiply zeros faster: by a tenth in the 8-bit kernels for whole models. Signed bytes are codes that every kernel admits.
     """
     spec = spec_of(array)
     if spec.dtype in (np.int8, np.uint8):
-        codes = np.clip(np.rint(np.float32(32) * rng.standard_normal(spec.shape, np.float32)), -127, 127).astype(np.int8)
+        codes = np.clip(np.rint(np.float32(32) * rng.standard_normal(spec.shape, np.float32)), -_ADMITTED, _ADMITTED).astype(np.int8)
         return np.asarray(codes.view(np.uint8) ^ np.uint8(128)) if spec.dtype == np.uint8 else codes
     if spec.dtype.kind in "iu":
         return np.zeros(spec.shape, spec.dtype)

@@ -9,7 +9,7 @@ hardly depends on the number of bits, once for codebooks of each length of runs,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,12 +23,12 @@ from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
-from intaglio.ops.storage import LARGEST, STORAGES, is_scalar, is_tabular, readers
+from intaglio.ops.storage import STORAGES, is_scalar, is_tabular, limited, readers, requantized
 from intaglio.ops.storage.sparse import Sparse
 
 from .fit import compensation_gain, fit_factors, form_error, importance, storage_gain, table_gain, uncorrected_share
 from .kernels import INTEGERS
-from .rewrite import array_specs, declines
+from .rewrite import array_specs, declines, reads_bytes
 from .sites import Site
 
 WORST_ERROR = 0.7
@@ -118,7 +118,10 @@ def propose(
     if not np.isfinite(weight).all():
         return (Proposal(UNCHANGED, 0.0, 0.0),), ("it holds values that are not finite",)
     reasons: list[str] = []
-    rounding = _rounding_errors(site, value, weight, moment, allowed.storages, reasons)
+    integers = INTEGERS[allowed.integers]
+    limits = {name: integers.largest_code(name) for name in ("integer", "dynamic")}
+    errors = _rounding_errors(site, value, weight, moment, allowed.storages, reasons, frozenset(limits.values()))
+    rounding = errors.stored
     proposals = [
         Proposal(Form("dense", (), storage), 0.0, error)
         for storage, error in rounding.items()
@@ -146,13 +149,12 @@ def propose(
         for storage, each in rounding.items()
         for ranks, error in pruned
     ]
-    again = {name: _rounded_again(site, rounding, INTEGERS[allowed.integers].largest_code(name)) for name in ("integer", "dynamic")}
-    every = [variant for proposal in proposals for variant in _variants(site, proposal, allowed, again)]
+    every = [variant for proposal in proposals for variant in _variants(site, proposal, allowed, limits, errors)]
     return (Proposal(UNCHANGED, 0.0, 0.0), *every), tuple(reasons)
 
 
-def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str, dict[str, float]]) -> Iterator[Proposal]:
-    """The proposal in every arithmetic that admits it; `again`: for those in bytes, what rounding what a storage holds to them costs."""
+def _variants(site: Site, proposal: Proposal, allowed: Allowed, limits: Mapping[str, int], errors: _Errors) -> Iterator[Proposal]:
+    """The proposal in every arithmetic that admits it; `limits`: of codes, for those in bytes."""
     if proposal.truncation + proposal.rounding > WORST_ERROR:
         return
     for arithmetic in allowed.arithmetics:
@@ -162,11 +164,14 @@ def _variants(site: Site, proposal: Proposal, allowed: Allowed, again: dict[str,
         if _folds(form):
             continue
         if allowed.admits(form) and declines(site, form) is None:
-            product = form.decomposition != "dense" and form.execution == "dense"
-            extra = 0.0
-            if arithmetic in again:
-                extra = max(again[arithmetic].values()) if product else again[arithmetic][form.storage]
-            yield replace(proposal, form=form, rounding=proposal.rounding + extra)
+            rounding = proposal.rounding
+            if arithmetic in limits:
+                largest = limits[arithmetic]
+                if not reads_bytes(form) or not _has_integers(site, form.storage):
+                    rounding += errors.again[largest]
+                elif errors.stored[form.storage] > 0:
+                    rounding *= errors.limited.get((form.storage, largest), errors.stored[form.storage]) / errors.stored[form.storage]
+            yield replace(proposal, form=form, rounding=rounding)
 
 
 def _folds(form: Form) -> bool:
@@ -178,18 +183,26 @@ def _folds(form: Form) -> bool:
     return beside and (form.arithmetic == "float" or ARITHMETICS[form.arithmetic].product_reason is None)
 
 
-def _rounded_again(site: Site, rounding: dict[str, float], largest: int) -> dict[str, float]:
-    """Relative error of rounding what each storage holds to codes within ±largest; 0 where its own codes are such already."""
-    step = (LARGEST / largest) ** 2 * rounding.get("int8", 0.0)
-    return {name: 0.0 if _has_integers(site, name, largest) else step for name in rounding}
-
-
-def _has_integers(site: Site, storage: str, largest: int) -> bool:
+def _has_integers(site: Site, storage: str) -> bool:
     """Whether a storage holds the site's weight as integers with one scale per channel: integer kernels can read them as they are."""
     ((spec, axis),) = array_specs(site, Form("dense"))
     scratch = Emitter(Target(site.opset, False, "scratch"))
-    own = STORAGES[storage].emit_integer(scratch, "", STORAGES[storage].layout(spec, axis), spec, axis)
-    return own is not None and own.largest <= largest
+    return STORAGES[storage].emit_integer(scratch, "", STORAGES[storage].layout(spec, axis), spec, axis) is not None
+
+
+@dataclass(frozen=True)
+class _Errors:
+    """Relative errors of rounding the dense weight.
+
+    Attributes:
+        stored: in each storage that can hold it.
+        limited: by storage and largest code, where operators in int8 admit no larger one but the storage has some.
+        again: by largest code, of rounding to the nearest such code when the model is loaded.
+    """
+
+    stored: dict[str, float]
+    limited: dict[tuple[str, int], float]
+    again: dict[int, float]
 
 
 def _rounding_errors(
@@ -199,8 +212,10 @@ def _rounding_errors(
     moment: Moment,
     storages: Sequence[str],
     reasons: list[str],
-) -> dict[str, float]:
-    """Relative error of the dense weight in each storage that can hold it; `reasons` takes up why the others cannot.
+    limits: frozenset[int],
+) -> _Errors:
+    """Relative errors of the dense weight in each storage that can hold it, and within limits of codes; `reasons` takes up why the others
+    cannot.
 
     Rounding errors of different entries are unrelated, so diag(A) alone prices them, and diag(G) where outputs have a metric; compensated
     rounding turns them towards directions in which A is weak, which `compensation_gain` and `table_gain` measure.
@@ -217,23 +232,36 @@ def _rounding_errors(
     whole = moment.separate_energy(weight) / energy if energy > 0 else 0.0  # of the diagonal, relative to that of A itself
     scale = whole / max(float((weights * exact**2).sum()), np.finfo(np.float64).tiny)
     uniform, of_tables = compensation_gain(site, weight, moment), dict[str, float]()
-    errors = {}
+    sampled = Spec(part.shape, part.dtype)
+
+    def lost(decoded: NDArray[np.generic]) -> float:
+        return scale * float((weights * (exact - np.asarray(decoded, np.float64)) ** 2).sum())
+
+    stored, narrow = dict[str, float](), dict[tuple[str, int], float]()
     for name in storages:
-        storage, sampled = STORAGES[name], Spec(part.shape, part.dtype)
+        storage = STORAGES[name]
         reason = storage.accepts(spec) or storage.accepts(sampled)
         if reason is None and storage.min_opset(spec) > site.opset:
             reason = f"needs opset {storage.min_opset(spec)}, the model has {site.opset}"
         if reason:
             reasons.append(f"{name}: {reason}")
             continue
-        decoded = np.asarray(storage.decode(storage.encode(part, axis, weights), sampled), np.float64)
         if is_tabular(storage) and (stand_in := _GAIN_STORAGES[name]) not in of_tables:
             of_tables[stand_in] = table_gain(STORAGES[stand_in], site, value, weight, moment)
         gain = uniform if is_scalar(storage) else of_tables[_GAIN_STORAGES[name]] if is_tabular(storage) else 1.0
         if isinstance(storage, Sparse):
             gain = storage_gain(storage, site, weight, moment)
-        errors[name] = gain * scale * float((weights * (exact - decoded) ** 2).sum())
-    return errors
+        stored[name] = gain * lost(storage.decode(storage.encode(part, axis, weights), sampled))
+        for limit in limits:
+            if (within := limited(storage, limit)) is not storage:
+                narrow[name, limit] = gain * lost(within.decode(within.encode(part, axis, weights), sampled))
+    return _Errors(stored, narrow, {limit: lost(_nearest(part, axis, limit)) for limit in limits})
+
+
+def _nearest(array: NDArray[np.generic], axis: int, largest: int) -> NDArray[np.float32]:
+    """What is left of an array when it is rounded to int8 at load."""
+    codes, scale = requantized(array, axis, largest)
+    return codes * scale.reshape([-1 if i == axis else 1 for i in range(array.ndim)])
 
 
 @dataclass(frozen=True)

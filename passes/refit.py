@@ -175,7 +175,7 @@ def fit_pruned(
         metric = _of_groups(moment, rows)
     else:
         metric = moment if kept_in is None else _of_inputs(moment, block_indices(kept_in, block))
-    arrays, (decoded,) = store(*smaller, cut, smaller[0].matrix(cut), metric)
+    arrays, (decoded,) = store(*smaller, cut, smaller[0].matrix(cut), metric, integers)
     part = fragment(site, form, arrays, model.proto, taken, integers)
     bias = find_bias(model, site, index)
     if bias is None or moment.mean is None:
@@ -246,7 +246,7 @@ def match_pruned(
     weight, pair = site.matrix(site.value(model))[outputs], pooled(folds)
     target = matched(weight, smaller[0].matrix(start), folds, free_mean=bias is not None)
     aim = (start, smaller[0].matrix(start)) if target is None else (smaller[0].stored(target), target)
-    arrays, (decoded,) = store(*smaller, *aim, pair.moment.shrunk())
+    arrays, (decoded,) = store(*smaller, *aim, pair.moment.shrunk(), integers)
     part = fragment(site, form, arrays, model.proto, taken, integers)
     if bias is None:
         return part, arrays

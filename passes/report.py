@@ -146,7 +146,7 @@ def latency_pricer(job: Job) -> LatencyPricer:
     """Measures single sites as the job's settings say."""
     settings = job.settings
     bench = MicroBench(Cache(settings.cache), settings.runtime.providers, settings.runtime.threads, budget_s=0.04)
-    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job), job.integers.activations)
+    return LatencyPricer(job.model, job.shapes, bench, job.value_shapes, partners_of(job), job.integers)
 
 
 def _sites(outcome: Outcome) -> tuple[SiteFacts, ...]:

@@ -21,12 +21,12 @@ from intaglio.ops.decompositions import DECOMPOSITIONS
 from intaglio.ops.emit import DOMAIN, Array, Emitter, Program, Spec, Target, onnx_type
 from intaglio.ops.families import FAMILIES, Use
 from intaglio.ops.form import CARRIED, PRUNED, Form
-from intaglio.ops.storage import STORAGES, readers
+from intaglio.ops.storage import STORAGES, Storage, limited, readers
 from intaglio.ops.view import MatrixView
 
 from .canonicalize import remove_dead
 from .graph import MAIN, reads, scopes
-from .kernels import INTEGERS, Integers
+from .kernels import Integers
 from .model import Model
 from .sites import Site, SiteUse, opset
 from .weights import WeightStore
@@ -130,6 +130,21 @@ def array_storages(form: Form, count: int) -> tuple[str, ...]:
     return DECOMPOSITIONS[form.decomposition, form.execution].storages(form.storage, count)
 
 
+def written_storages(form: Form, count: int, integers: Integers) -> tuple[Storage, ...]:
+    """The same as they write their codes: those that operators in int8 read as they are have no code that these do not admit."""
+    storages = [STORAGES[name] for name in array_storages(form, count)]
+    if not reads_bytes(form):
+        return tuple(storages)
+    largest = integers.largest_code(form.arithmetic)
+    return tuple(limited(each, largest) if narrow else each for each, narrow in zip(storages, array_narrow(form, count), strict=True))
+
+
+def reads_bytes(form: Form) -> bool:
+    """Whether operators in int8 read a form's arrays, and no product of them."""
+    product = form.execution == "dense" and form.decomposition not in ("dense", PRUNED)
+    return form.arithmetic in ("integer", "dynamic") and not product
+
+
 def array_narrow(form: Form, count: int) -> tuple[bool, ...]:
     """Which of a form's `count` arrays compute in its arithmetic; the others compute in floats."""
     if form.decomposition in ("dense", PRUNED):
@@ -144,9 +159,7 @@ def ghosts(site: Site, form: Form) -> Packed:
     return tuple(STORAGES[storage].layout(spec, axis) for storage, (spec, axis) in zip(storages, specs, strict=True))
 
 
-def fragment(
-    site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str], integers: Integers = INTEGERS["full"]
-) -> Fragment:
+def fragment(site: Site, form: Form, packed: Packed, proto: ModelProto, taken: frozenset[str], integers: Integers) -> Fragment:
     """Emit a form of a site.
 
     Args:

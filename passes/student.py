@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, helper
 
 from intaglio.ops.emit import Array, Emitter, Spec, Target
-from intaglio.ops.form import PRUNED, Form
-from intaglio.ops.storage import STORAGES, requantized
+from intaglio.ops.form import Form
+from intaglio.ops.storage import LARGEST, Storage, requantized
 
 from .assemble import coupled_operators, joined
 from .build import Fitted, carried_nodes, chosen_sites, quantization_ranges
@@ -31,7 +31,7 @@ from .integer import fake_quantized, quantized_values
 from .job import Job
 from .latent import Latent, Levelled, Plain, Rounded, latent_of, scattered, within_cells
 from .model import Model
-from .rewrite import Fragment, array_narrow, array_specs, array_storages, fragment, spooled
+from .rewrite import Fragment, array_narrow, array_specs, fragment, reads_bytes, spooled, written_storages
 from .sites import Site
 
 Float32 = NDArray[np.float32]
@@ -76,7 +76,7 @@ class Parameter:
     start: Float32
     part: slice
     axis: int | None = None
-    largest: int = 127
+    largest: int = LARGEST
 
     def project(self, flat: Float32, out: Float32) -> None:
         """Write what the model computes with; values may be moved back to the outermost level.
@@ -182,36 +182,38 @@ class _Opener:
     def add(self, site: Site, form: Form, fitted: Fitted) -> Fragment:
         """A form in floats; its arrays are entered as parameters where they can be tuned."""
         specs, packed = array_specs(site, form), fitted.packed[site.name]
-        storages, narrow = array_storages(form, len(specs)), array_narrow(form, len(specs))
+        storages, narrow = written_storages(form, len(specs), self.job.integers), array_narrow(form, len(specs))
         latents: list[Latent | str] = [
-            latent_of(name, packs, spec, axis, scales=self.scales) if site.scope == MAIN else "a weight of a nested graph"
-            for name, packs, (spec, axis) in zip(storages, packed, specs, strict=True)
+            latent_of(storage, packs, spec, axis, scales=self.scales) if site.scope == MAIN else "a weight of a nested graph"
+            for storage, packs, (spec, axis) in zip(storages, packed, specs, strict=True)
         ]
         reasons = [latent for latent in latents if isinstance(latent, str)]
         if reasons:
             self.skipped[site.name] = reasons[0]
         arrays: list[tuple[Array]] = [
-            (STORAGES[name].decode(packs, spec) if isinstance(latent, str) else spec,)
-            for latent, name, packs, (spec, _) in zip(latents, storages, packed, specs, strict=True)
+            (storage.decode(packs, spec) if isinstance(latent, str) else spec,)
+            for latent, storage, packs, (spec, _) in zip(latents, storages, packed, specs, strict=True)
         ]
-        part = fragment(site, replace(form, storage="float", arithmetic="float"), tuple(arrays), self.job.model.proto, self._taken)
+        part = fragment(
+            site, replace(form, storage="float", arithmetic="float"), tuple(arrays), self.job.model.proto, self._taken, self.job.integers
+        )
         names: list[str | None] = []
         for latent, name, number in zip(latents, part.initializers, range(len(specs)), strict=False):
             if isinstance(latent, str):
                 names.append(None)
                 continue
             largest = self.job.integers.largest_code(form.arithmetic)
-            axis = rounding_axis(form, storages[number], packed[number], *specs[number], largest) if narrow[number] else None
-            self.open(name, latent, axis, self._start(site, form, latent))
+            axis = rounding_axis(form, storages[number], packed[number], *specs[number]) if narrow[number] else None
+            self.open(name, latent, self._start(site, form, latent), axis, largest)
             names.append(name)
         self.arrays[site.name] = tuple(names)
         return replace(part, changes=fitted.fragments[site.name].changes)
 
-    def open(self, name: str, latent: Latent, axis: int | None = None, start: Float32 | None = None) -> None:
+    def open(self, name: str, latent: Latent, start: Float32 | None = None, axis: int | None = None, largest: int = LARGEST) -> None:
         """Enter a parameter."""
         start = latent.start if start is None else start
         part = slice(self._end, self._end + len(start))
-        self.parameters[name], self._end = Parameter(name, latent, start, part, axis), part.stop
+        self.parameters[name], self._end = Parameter(name, latent, start, part, axis, largest), part.stop
 
     def _start(self, site: Site, form: Form, latent: Latent) -> Float32:
         """The weight before it was rounded; of a factor, which is not known any more, something that is rounded to the same."""
@@ -222,18 +224,11 @@ class _Opener:
         return within_cells(latent, aim)
 
 
-def rounding_axis(form: Form, storage: str, packed: Sequence[NDArray[np.generic]], spec: Spec, axis: int, largest: int = 127) -> int | None:
+def rounding_axis(form: Form, storage: Storage, packed: Sequence[NDArray[np.generic]], spec: Spec, axis: int) -> int | None:
     """The axis of the scales to which a stored array is rounded when it is run in int8; None where it runs as it is stored."""
-    if form.arithmetic not in ("integer", "dynamic") or (form.execution == "dense" and form.decomposition not in ("dense", PRUNED)):
+    if not reads_bytes(form):
         return None
-    return None if _is_integer(storage, tuple(packed), spec, axis, largest) else axis
-
-
-def _is_integer(storage: str, packed: tuple[NDArray[np.generic], ...], spec: Spec, axis: int, largest: int) -> bool:
-    """Whether a storage's own codes are what an operator in int8 reads."""
-    emitter = Emitter(Target(_NEW_OPSET, True, "w"))
-    own = STORAGES[storage].emit_integer(emitter, "", packed, spec, axis)
-    return own is not None and own.largest <= largest
+    return axis if storage.emit_integer(Emitter(Target(_NEW_OPSET, True, "w")), "", tuple(packed), spec, axis) is None else None
 
 
 def _rounded(job: Job, forms: Mapping[str, Form], fitted: Fitted, model: Model) -> Model:

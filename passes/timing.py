@@ -26,11 +26,11 @@ from .assemble import nominal_ranges
 from .calibrate import Shapes
 from .graph import MAIN
 from .integer import place, quantized_values
+from .kernels import INTEGERS, Integers
 from .latency import MicroBench, measure, structure
 from .model import Model
 from .partners import Partners
 from .price import noise
-from .ranges import UNSIGNED
 from .regions import CHANNELS_LAST, HELD, Carrier
 from .rewrite import FUNCTION_IR, as_dense, channel_axes, fragment, ghosts
 from .sites import Site, opset
@@ -47,7 +47,7 @@ class LatencyPricer:
         bench: MicroBench,
         values: Mapping[str, tuple[int, ...]] | None = None,
         partners: Partners | None = None,
-        activations: np.dtype[Any] = UNSIGNED,
+        integers: Integers = INTEGERS["full"],
     ) -> None:
         """Measure operators of a model.
 
@@ -57,9 +57,10 @@ class LatencyPricer:
             bench: measures.
             values: shapes of activations around carriers.
             partners: the weights that change with a site where it computes in their arithmetic.
-            activations: type of the bytes between operators in integers.
+            integers: that operators compute with.
         """
-        self._activations = activations
+        self._integers, self._activations = integers, integers.activations
+        self._byte = helper.np_dtype_to_tensor_dtype(integers.activations)
         self._proto = model.proto
         self._shapes = shapes
         self._values = values or {}
@@ -178,7 +179,7 @@ class LatencyPricer:
             return True
         before_s, after_s = self._carrier_pair(carrier)
         inside_s = sum(self._converted(value)[1] for value in carrier.inputs)
-        held_s = self._bench.seconds(_conversion("Sum", opset(self._proto)), {"x": self._values[carrier.output]})
+        held_s = self._bench.seconds(self._conversion("Sum"), {"x": self._values[carrier.output]})
         return after_s < inside_s + before_s + held_s + self._converted(carrier.output)[0]
 
     def _carrier_pair(self, carrier: Carrier) -> tuple[float, float]:
@@ -197,8 +198,8 @@ class LatencyPricer:
         graph = helper.make_graph(
             [node],
             "channels_last",
-            [helper.make_tensor_value_info("x", TensorProto.UINT8, shape)],
-            [helper.make_tensor_value_info("y", TensorProto.UINT8, None)],
+            [helper.make_tensor_value_info("x", self._byte, shape)],
+            [helper.make_tensor_value_info("y", self._byte, None)],
         )
         imports = [helper.make_opsetid("", opset(self._proto)), helper.make_opsetid("com.microsoft", 1)]
         return helper.make_model(graph, opset_imports=imports, ir_version=FUNCTION_IR), {"x": shape}
@@ -211,8 +212,12 @@ class LatencyPricer:
     def _converted(self, value: str) -> tuple[float, float]:
         """The same, not scaled."""
         shapes = {"x": self._values[value]}
-        quantize_s, dequantize_s = (self._bench.seconds(_conversion(op_type, opset(self._proto)), shapes) for op_type in _CONVERSIONS)
+        quantize_s, dequantize_s = (self._bench.seconds(self._conversion(op_type), shapes) for op_type in _CONVERSIONS)
         return quantize_s, dequantize_s
+
+    def _conversion(self, op_type: str) -> ModelProto:
+        """A model of one conversion, or of a Sum."""
+        return _conversion(op_type, opset(self._proto), self._activations)
 
     def _carrier_micro(self, carrier: Carrier) -> ModelProto:
         """The operator with the activations around it as inputs and output."""
@@ -252,7 +257,10 @@ class LatencyPricer:
             taken = frozenset((*node.input, *node.output, source))
             alone = [_single(member, Use(node, member.use.index, member.use.view)) for member in members]
             forms = (form, *(group.form for _ in members[1:] if group is not None))
-            parts = [fragment(each, its, ghosts(each, its), self._inlining(), taken) for each, its in zip(alone, forms, strict=True)]
+            parts = [
+                fragment(each, its, ghosts(each, its), self._inlining(), taken, self._integers)
+                for each, its in zip(alone, forms, strict=True)
+            ]
             node = as_dense(alone[0], form)[0].use.node
             constants = {name: _cut_bias(site, form, array) for name, array in constants.items()}
             nodes = [*(each for part in parts for each in part.weights), *_joined(node, [part.replacements for part in parts])]
@@ -399,17 +407,17 @@ def _between_quantizers(proto: ModelProto, kind: int) -> ModelProto:
     return proto
 
 
-def _conversion(op_type: str, version: int) -> ModelProto:
+def _conversion(op_type: str, version: int, activations: np.dtype[Any]) -> ModelProto:
     """A model of one QuantizeLinear or DequantizeLinear, or of a Sum of one term."""
-    to_integers, parameters = op_type == "QuantizeLinear", [] if op_type == "Sum" else ["scale", "zero"]
+    byte, parameters = helper.np_dtype_to_tensor_dtype(activations), [] if op_type == "Sum" else ["scale", "zero"]
     graph = helper.make_graph(
         [helper.make_node(op_type, ["x", *parameters], ["y"])],
         op_type,
-        [helper.make_tensor_value_info("x", TensorProto.UINT8 if op_type == "DequantizeLinear" else TensorProto.FLOAT, None)],
-        [helper.make_tensor_value_info("y", TensorProto.UINT8 if to_integers else TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("x", byte if op_type == "DequantizeLinear" else TensorProto.FLOAT, None)],
+        [helper.make_tensor_value_info("y", byte if op_type == "QuantizeLinear" else TensorProto.FLOAT, None)],
         [
             numpy_helper.from_array(np.asarray(0.05, np.float32), "scale"),
-            numpy_helper.from_array(np.asarray(0, np.uint8), "zero"),
+            numpy_helper.from_array(np.zeros((), activations), "zero"),
         ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", version)], ir_version=FUNCTION_IR)

@@ -22,6 +22,7 @@ from intaglio.passes.calibrate import calibrate, observe
 from intaglio.passes.data import Dataset, input_specs, open_dataset
 from intaglio.passes.fit import pack
 from intaglio.passes.graph import all_names
+from intaglio.passes.kernels import INTEGERS
 from intaglio.passes.load import load
 from intaglio.passes.model import Model
 from intaglio.passes.options import Runtime
@@ -212,7 +213,7 @@ def compress(model: Model, forms: Mapping[str, Form], known: Mapping[str, Moment
             continue
         moment = (known or {}).get(site.name) or Moment.isotropic(site.use.view.groups, site.use.view.n)
         arrays, weights[site.name] = pack(site, form, site.value(model), moment)
-        fragments[site.name] = fragment(site, form, arrays, model.proto, taken)
+        fragments[site.name] = fragment(site, form, arrays, model.proto, taken, INTEGERS["full"])
     return rewrite(model, fragments, sites.sites), weights
 
 
@@ -225,7 +226,7 @@ def mocked(model: Model, forms: Mapping[str, Form]) -> Model:
         form = forms.get(site.name, UNCHANGED)
         if form != UNCHANGED:
             arrays = tuple(tuple(np.zeros(spec.shape, spec.dtype) for spec in packed) for packed in ghosts(site, form))
-            fragments[site.name] = fragment(site, form, arrays, model.proto, taken)
+            fragments[site.name] = fragment(site, form, arrays, model.proto, taken, INTEGERS["full"])
     carried = [carrier for carrier in find_carriers(model) if forms.get(carrier.name) == CARRIED]
     return assemble(model, fragments, sites.sites, carried, nominal_ranges)
 

@@ -7,7 +7,7 @@ from onnx import NodeProto
 
 from ..emit import Array, Emitter, Program, Spec
 from ..families import Use
-from ..storage import IntegerWeight, Storage, narrowed, requantize
+from ..storage import IntegerWeight, Storage, limited, requantize
 
 SINGLE: np.dtype[np.generic] = np.dtype(np.float32)
 """The only type that ONNX Runtime's integer operators turn into integers and back."""
@@ -27,20 +27,26 @@ def zero_points(emitter: Emitter, scale: str) -> str:
 
 
 def integer_weight(emitter: Emitter, suffix: str, storage: Storage, packed: tuple[Array, ...], spec: Spec, axis: int) -> IntegerWeight:
-    """A weight as int8 codes: as the storage holds them, or rounded to what the emitter's target admits.
+    """A weight as int8 codes within what the emitter's target admits: as the storage holds them, or rounded to them.
 
     Args:
         emitter: collects initializers and programs.
         suffix: of the initializers' names.
         storage: how the arrays are packed.
-        packed: the arrays, or their specs.
+        packed: the arrays, as `limited` storages pack them, or their specs.
         spec: shape and dtype of the float weight.
         axis: the axis with one scale per entry.
+
+    Raises:
+        ValueError: a code is larger than the target admits.
     """
-    weight = storage.emit_integer(emitter, suffix, packed, spec, axis)
-    if weight is None:
-        return requantize(emitter, storage.emit(emitter, suffix, packed, spec), spec, axis)
-    return weight if weight.largest <= emitter.target.largest_code else narrowed(emitter, weight)
+    largest = emitter.target.largest_code
+    admitted = limited(storage, largest)
+    codes = packed[0]
+    if admitted is not storage and isinstance(codes, np.ndarray) and max(-int(codes.min()), int(codes.max())) > largest:
+        raise ValueError(f"a weight in {storage.name} has codes beyond ±{largest}; expected what the limited storage packs")
+    weight = admitted.emit_integer(emitter, suffix, packed, spec, axis)
+    return requantize(emitter, storage.emit(emitter, suffix, packed, spec), spec, axis) if weight is None else weight
 
 
 def operator_reason(use: Use, op_types: tuple[str, ...]) -> str | None:

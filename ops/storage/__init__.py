@@ -9,11 +9,11 @@ from .grid import Grid
 from .native import INT4_NATIVE
 from .nbits import NBITS
 from .planes import PLANES
-from .requantize import LARGEST, narrowed, requantize, requantized
+from .requantize import LARGEST, requantize, requantized
 from .rows import ROW_NIBBLES
 from .sparse import SPARSE
 from .table import Table
-from .uniform import UNIFORM
+from .uniform import UNIFORM, limited
 from .vector import VECTORS
 
 _EVERY: tuple[Storage, ...] = (SAME, HALF, *UNIFORM, INT4_NATIVE, *PLANES, *SPARSE, *CODEBOOKS, *VECTORS, ROW_NIBBLES, *NBITS)
@@ -32,7 +32,7 @@ __all__ = [
     "TableStorage",
     "is_scalar",
     "is_tabular",
-    "narrowed",
+    "limited",
     "readers",
     "requantize",
     "requantized",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from ..emit import Emitter, Program, Spec, float_attribute, ints_attribute
+from ..emit import Emitter, Program, Spec, ints_attribute
 from .base import IntegerWeight
 from .grid import single
 from .scaling import emit_flat_scale
@@ -50,17 +50,6 @@ _CODES = Program(
     }""",
 )
 
-_NARROWED = Program(
-    "NarrowedCodes",
-    """<share> (c) => (n) {
-        part = Constant <value: tensor = @share> ()
-        f = Cast <to = 1> (c)
-        v = Mul (f, part)
-        r = Round (v)
-        n = Cast <to = 3> (r)
-    }""",
-)
-
 MIN_OPSET = 11
 """`Round` exists since then."""
 
@@ -93,18 +82,6 @@ def requantize(emitter: Emitter, weight: str, spec: Spec, axis: int) -> IntegerW
         scale = emitter.call(_scale_program(largest, _BY_INPUT), [weight], emitter.name("p"), {"axes": ints_attribute(axes)})
     codes = emitter.call(_CODES, [weight, scale], emitter.name("c"), {})
     return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis, largest)
-
-
-def narrowed(emitter: Emitter, weight: IntegerWeight) -> IntegerWeight:
-    """Add programs that round codes once more, to the largest code of the emitter's target.
-
-    Args:
-        emitter: collects them; its opset is `MIN_OPSET` or higher.
-        weight: with larger codes.
-    """
-    largest = emitter.target.largest_code
-    codes = emitter.call(_NARROWED, [weight.codes], emitter.name("n"), {"share": float_attribute(largest / weight.largest)})
-    return IntegerWeight(codes, emit_flat_scale(emitter, weight.scale, weight.largest / largest), weight.axis, largest)
 
 
 def requantized(weight: NDArray[np.generic], axis: int, largest: int = LARGEST) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..emit import Array, Emitter, Program, Spec, float_attribute
-from .base import INTEGER_CODES, Expandable, IntegerWeight, refusal
+from .base import INTEGER_CODES, Expandable, IntegerWeight, Storage, refusal
 from .grid import Grid, largest_of
 from .packing import MODERN_OPSET, Bits, Bytes, Packing, Trits
 from .scaling import BRAIN_FLOAT, LARGEST, Blocks, Channels, Double, Partition, PowerOfTwo, ScaleFormat, emit_flat_scale, emit_scaled
@@ -159,6 +159,16 @@ class Uniform(Expandable):
         if not self.shifted:
             return codes, None
         return codes, self.packing.emit(emitter, emitter.constant(f"{suffix}.z", packed[-1]), partition.scales)
+
+
+def limited(storage: Storage, largest: int) -> Storage:
+    """The storage with codes within ±largest, in as many bytes; itself where codes that operators read as they are are no larger anyway.
+
+    What one of both packs, the other decodes.
+    """
+    if isinstance(storage, Uniform) and isinstance(storage.packing, Bytes) and storage.packing.highest > largest:
+        return replace(storage, packing=Bytes(-largest, largest))
+    return storage
 
 
 INT8 = Uniform(Bytes(), "int8")

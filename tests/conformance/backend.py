@@ -28,6 +28,7 @@ from intaglio.ops.storage import STORAGES, readers
 from intaglio.passes.assemble import assemble
 from intaglio.passes.fit import Arrays, pack
 from intaglio.passes.graph import all_names
+from intaglio.passes.kernels import INTEGERS
 from intaglio.passes.load import OLDEST_OPSET, newest_opset
 from intaglio.passes.model import Model
 from intaglio.passes.ranges import Range
@@ -215,7 +216,7 @@ def random_moment(site: Site) -> Moment:
 def rewritten(model: Model, choices: Sequence[tuple[Site, Form, Arrays]]) -> ModelProto:
     """The model with every given site in its form."""
     taken = frozenset(all_names(model.proto))
-    fragments = {site.name: fragment(site, form, packed, model.proto, taken) for site, form, packed in choices}
+    fragments = {site.name: fragment(site, form, packed, model.proto, taken, INTEGERS["full"]) for site, form, packed in choices}
     return rewrite(model, fragments, [site for site, _, _ in choices]).proto
 
 
@@ -273,7 +274,7 @@ def check_arithmetics(test: BackendTest, model: Model, site: Site, tally: Tally)
         floats = with_weights(model.proto, {site.anchor: site.stored(decoded)})
         reference = run(model, floats, test.feed, optimize=False)
         ranges, limit = _allowed(test, site, name, decoded, reference)
-        part = fragment(site, form, packed, model.proto, frozenset(all_names(model.proto)))
+        part = fragment(site, form, packed, model.proto, frozenset(all_names(model.proto)), INTEGERS["full"])
         proto = assemble(
             model, {site.name: part}, [site], [], lambda _, __, values, known=ranges: {each: known[each] for each in values}
         ).proto

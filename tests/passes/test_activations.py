@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
 
 from intaglio.ops.form import UNCHANGED, Form
@@ -12,10 +14,14 @@ from intaglio.passes.activations import RANGE_SAMPLES, Activations, measure_acti
 from intaglio.passes.cache import Cache
 from intaglio.passes.divergence import Divergence
 from intaglio.passes.job import Job, Settings, open_job
+from intaglio.passes.kernels import INTEGERS, Integers
+from intaglio.passes.partners import partners_of
 from intaglio.passes.propose import Proposal
 from intaglio.passes.ranges import calibrated
 from intaglio.passes.recall import Finding, Findings
-from intaglio.passes.sensitivity import Curve, Sensitivity
+from intaglio.passes.rewrite import Fragment, Packed, fragment
+from intaglio.passes.sensitivity import Curve, Probe, Sensitivity
+from intaglio.passes.sites import Site
 from intaglio.solver import Cost
 from tests.models import normal, parse, run
 
@@ -135,3 +141,43 @@ def test_values_that_cannot_be_rounded_rule_out_the_operators_around_them() -> N
     found = measure_activations(opened, known, Findings(opened, opened.settings.allowed(), Cache(None)))
     assert set(found.units) == {"w"}
     assert "e" not in found.divergence
+
+
+def recurrent() -> tuple[Job, dict[str, Finding], str]:
+    """An LSTM whose weights may be bytes within ±63, and the name of what it rounds."""
+    text = """g (float[N, 6, 16] x) => (float[A, N, 24] h) {
+        t = Transpose <perm = [1, 0, 2]> (x) y, h = LSTM <hidden_size = 24> (t, w, r)
+    }"""
+    proto = parse(text, {"w": normal(1, 1, 96, 16), "r": normal(2, 1, 96, 24)})
+    opened = open_job(proto, {"x": normal(3, 40, 6, 16)}, Settings(integers="reduced"))
+    flat = Sensitivity(Curve.through([]), Curve.through([]))
+    known = {site.name: Finding((Proposal(UNCHANGED, 0.0, 0.0), Proposal(DYNAMIC, 0.0, 0.01)), flat) for site in opened.sites}
+    (group,) = {group.name for group in partners_of(opened).groups.values()}
+    return opened, known, group
+
+
+def test_what_an_lstm_costs_is_measured_on_the_codes_that_it_will_have(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened, known, group = recurrent()
+    largest = []
+
+    def watched(site: Site, form: Form, packed: Packed, proto: onnx.ModelProto, taken: frozenset[str], integers: Integers) -> Fragment:
+        assert integers == INTEGERS["reduced"]
+        largest.append(max(abs(int(code)) for code in np.ravel(packed[0][0])))
+        return fragment(site, form, packed, proto, taken, integers)
+
+    monkeypatch.setattr("intaglio.passes.activations.fragment", watched)
+    found = measure_activations(opened, known, Findings(opened, opened.settings.allowed(), Cache(None)))
+    assert largest == [63] * 4  # two weights, in integers and in floats
+    assert 0 < found.divergence[group] < 0.01
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_an_lstm_that_yields_no_numbers_is_ruled_out(broken: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In integers, or in floats with its weights as bytes."""
+    opened, known, group = recurrent()
+    found = [0.1, 0.1]
+    found[broken] = math.nan
+    monkeypatch.setattr(Probe, "divergence", lambda *_: found.pop(0))
+    activations = measure_activations(opened, known, Findings(opened, opened.settings.allowed(), Cache(None)))
+    assert activations.divergence[group] == math.inf
+    assert activations.inputs == {}

@@ -11,6 +11,7 @@ from intaglio.ops.moment import Moment, relative_error
 from intaglio.ops.rounding import Rounding
 from intaglio.ops.storage import STORAGES
 from intaglio.passes.fit import compensation_gain, form_error, pack, rebuilt, store, table_gain
+from intaglio.passes.kernels import INTEGERS
 from intaglio.passes.load import load
 from intaglio.passes.rewrite import array_specs, array_storages, ghosts
 from intaglio.passes.sites import find_sites
@@ -187,7 +188,7 @@ def test_a_correction_takes_up_what_the_base_loses(name: str) -> None:
     weight = site.matrix(value)
     alone = form_error(site, Form("dense", (), "int2"), value, weight, moment)
     form = Form("residual", (2,), "int2")
-    arrays, decoded = store(site, form, value, weight, moment)
+    arrays, decoded = store(site, form, value, weight, moment, INTEGERS["full"])
     assert [tuple((a.shape, a.dtype) for a in packed) for packed in arrays] == [
         tuple((spec.shape, spec.dtype) for spec in packed) for packed in ghosts(site, form)
     ]

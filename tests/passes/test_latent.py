@@ -33,7 +33,7 @@ def stored(name: str, shape: tuple[int, ...], axis: int, seed: int = 0, *, scale
     """A latent, the packed arrays that it was made of, and what they decode to."""
     array, spec = normal(seed, *shape), Spec(shape, SINGLE)
     packed = STORAGES[name].encode(array, axis)
-    latent = latent_of(name, packed, spec, axis, scales=scales)
+    latent = latent_of(STORAGES[name], packed, spec, axis, scales=scales)
     assert not isinstance(latent, str), latent
     return latent, packed, spec
 
@@ -160,7 +160,7 @@ def test_zeros_of_sparse_arrays_stay_zeros_and_nothing_joins_them(name: str) -> 
 def test_other_types_than_float32_are_left_alone() -> None:
     spec = Spec((4, 4), np.dtype(np.float16))
     packed = STORAGES["int8"].encode(normal(0, 4, 4).astype(np.float16), 0)
-    assert latent_of("int8", packed, spec, 0) == "a weight of float16: only float32 is tuned"
+    assert latent_of(STORAGES["int8"], packed, spec, 0) == "a weight of float16: only float32 is tuned"
 
 
 @pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "planes2.0", "sparse75-int3", "kmeans3", "nbits4-b32"])
@@ -260,7 +260,7 @@ def test_scales_stay_positive_and_levels_in_order(name: str, seed: int, spread: 
     ratio = scales / packed[latent.steps.number].astype(np.float32)
     assert (ratio >= 0.24).all()  # a quarter, rounded to bfloat16
     assert (ratio <= 4.02).all()
-    again = latent_of(name, written, spec, 0)
+    again = latent_of(STORAGES[name], written, spec, 0)
     assert not isinstance(again, str)
     np.testing.assert_array_equal(projected(again, again.start.copy()), projected(latent, moved))
 
@@ -287,7 +287,7 @@ def test_scales_and_levels_stay_if_that_is_asked_for(name: str) -> None:
 @pytest.mark.parametrize("name", SCALED)
 def test_weights_near_the_ends_of_float32_stay_finite(name: str, size: float) -> None:
     array, spec = normal(0, 6, 40) * np.float32(size), Spec((6, 40), SINGLE)
-    latent = latent_of(name, STORAGES[name].encode(array, 0), spec, 0)
+    latent = latent_of(STORAGES[name], STORAGES[name].encode(array, 0), spec, 0)
     assert isinstance(latent, (Rounded, Levelled))
     value = projected(latent, latent.start * 100)
     assert np.isfinite(value).all()

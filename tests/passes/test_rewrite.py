@@ -20,6 +20,7 @@ from intaglio.ops.moment import Moment
 from intaglio.passes.assemble import assemble
 from intaglio.passes.fit import pack
 from intaglio.passes.graph import all_names
+from intaglio.passes.kernels import INTEGERS
 from intaglio.passes.load import load
 from intaglio.passes.ranges import Range
 from intaglio.passes.rewrite import array_specs, declines, fragment, ghosts
@@ -421,7 +422,7 @@ def test_a_branch_runs_in_floats_beside_the_narrow_kernel_of_its_base(name: str,
     form = Form("residual", (8,), "nbits4-b32" if arithmetic == "nbits" else "int4", "contract", arithmetic)
     model, site = site_of(proto)
     arrays, fitted = pack(site, form, site.value(model), Moment.isotropic(site.use.view.groups, site.use.view.n))
-    part = fragment(site, form, arrays, model.proto, frozenset(all_names(model.proto)))
+    part = fragment(site, form, arrays, model.proto, frozenset(all_names(model.proto)), INTEGERS["full"])
     built = assemble(model, {"w": part}, [site], [], lambda _, __, values: dict.fromkeys(values, Range.spanning(-5.0, 5.0)))
     onnx.checker.check_model(built.proto, full_check=True)
     found = optimized_ops(built.proto, tmp_path / "optimized.onnx")

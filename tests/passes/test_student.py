@@ -6,19 +6,22 @@ from collections.abc import Mapping
 from functools import cache
 
 import numpy as np
+import onnx
 import pytest
+from onnx import numpy_helper
 
 from intaglio.ops.form import CARRIED, UNCHANGED, Form
+from intaglio.ops.storage import STORAGES, requantized
 from intaglio.ops.storage.scaling import BFLOAT16
 from intaglio.passes.build import Fitted, finish, fit_forms
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.latent import Levelled, Rounded
 from intaglio.passes.learner import units_of
 from intaglio.passes.model import Model
-from intaglio.passes.rewrite import declines
+from intaglio.passes.rewrite import array_specs, declines
 from intaglio.passes.save import serialized_size
 from intaglio.passes.student import Student, make_student
-from tests.models import Array, assert_close, classifier, normal, run
+from tests.models import Array, assert_close, classifier, normal, optimized, run
 from tests.passes.pruning import pruned_plan
 
 WHOLE = ("int3", "int4-b32-asym", "planes2.5", "kmeans3", "vq2x8", "fp16")
@@ -151,3 +154,39 @@ def test_layers_in_integers_read_rounded_activations_and_weights_as_they_run() -
         _, changed = built(forms, student.taught(flat))
         (actual,) = outputs(student, flat)
         assert np.linalg.norm(actual - changed[0]) < 0.2 * np.linalg.norm(expected[0] - changed[0])
+
+
+@pytest.mark.parametrize("arithmetic", ["integer", "dynamic"])
+@pytest.mark.parametrize("storage", ["int8", "kmeans4"])
+def test_fewer_codes_are_taught_as_they_are_written(storage: str, arithmetic: str) -> None:
+    """Where operators admit codes within ±63, a projection is the weight that they compute with: codes and scales in the file, decoded."""
+    opened = open_job(*classifier(), Settings(integers="reduced"))
+    form = Form("dense", (), storage, "dense", arithmetic)
+    forms = {site.name: form if declines(site, form) is None else UNCHANGED for site in opened.sites}
+    student = make_student(opened, forms, fit_forms(opened, forms, keep=True))
+    flat = moved(student)
+    taught = student.taught(flat)
+    read = [array for array in folded(finish(opened, forms, taught).proto) if array.dtype == np.int8 and array.ndim > 1]
+    sites = [site for site in opened.sites if forms[site.name] != UNCHANGED]
+    assert len(sites) == len(read) > 0
+    for site in sites:
+        (name,) = student.arrays[site.name]
+        assert name is not None
+        parameter, ((spec, axis),) = student.parameters[name], array_specs(site, form)
+        projected = np.zeros(parameter.latent.shape, np.float32)
+        parameter.project(flat.copy(), projected)
+        (packed,) = taught.packed[site.name]
+        decoded = np.asarray(STORAGES[storage].decode(packed, spec), np.float32)
+        if storage == "int8":
+            codes = np.asarray(packed[0], np.int8)
+            np.testing.assert_array_equal(projected, decoded)
+        else:
+            codes, scale = requantized(decoded, axis, 63)
+            np.testing.assert_array_equal(projected, codes * scale.reshape([-1 if i == axis else 1 for i in range(codes.ndim)]))
+        assert int(np.abs(codes.astype(int)).max()) == 63
+        assert any(np.array_equal(np.sort(codes, axis=None), np.sort(array, axis=None)) for array in read)
+
+
+def folded(proto: onnx.ModelProto) -> list[Array]:
+    """The initializers of a model as it is loaded."""
+    return [numpy_helper.to_array(tensor) for tensor in optimized(proto).graph.initializer]

@@ -14,6 +14,7 @@ from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.passes.cache import Cache
 from intaglio.passes.calibrate import observe, value_shapes
+from intaglio.passes.kernels import INTEGERS
 from intaglio.passes.latency import MicroBench, random_feed
 from intaglio.passes.load import load
 from intaglio.passes.options import Runtime
@@ -122,11 +123,11 @@ def stopwatch(seconds_of: Callable[[onnx.ModelProto], float] = lambda model: 1.0
     return Stopwatch(Cache(None), (CPU,), 1, 0.0, [], seconds_of)
 
 
-def pricer_of(proto: onnx.ModelProto, feed: Mapping[str, np.ndarray], bench: MicroBench) -> LatencyPricer:
+def pricer_of(proto: onnx.ModelProto, feed: Mapping[str, np.ndarray], bench: MicroBench, integers: str = "full") -> LatencyPricer:
     model = load(proto)
     sites, carriers = find_sites(model).sites, find_carriers(model)
     values = value_shapes(model, activation_values(model, sites, carriers), feed, Runtime())
-    return LatencyPricer(model, observe(model, sites, feed, Runtime()), bench, values)
+    return LatencyPricer(model, observe(model, sites, feed, Runtime()), bench, values, integers=INTEGERS[integers])
 
 
 KERNELS = {"conv2d": "QLinearConv", "conv2d_groups": "QLinearConv", "gemm": "QGemm", "matmul": "MatMulIntegerToFloat"}
@@ -282,6 +283,18 @@ def test_operators_that_are_priced_otherwise_are_always_candidates(body: str) ->
     (carrier,) = find_carriers(load(proto))
     assert pricer_of(proto, {"x": normal(1, 2, 8, 6, 6)}, watch).worthwhile(carrier)
     assert not watch.seen
+
+
+@pytest.mark.parametrize(("integers", "kind"), [("full", TensorProto.UINT8), ("reduced", TensorProto.UINT8), ("signed", TensorProto.INT8)])
+def test_what_is_between_operators_is_measured_in_the_bytes_that_they_exchange(integers: str, kind: int) -> None:
+    proto = parse("g (float[N, 8, 6, 6] x) => (float[A, B, C, D] y) { y = MaxPool <kernel_shape = [2, 2]> (x) }")
+    watch = stopwatch()
+    pricer = pricer_of(proto, {"x": normal(1, 2, 8, 6, 6)}, watch, integers)
+    (carrier,) = find_carriers(load(proto))
+    pricer.carry(carrier)
+    pricer.boundary("x")
+    values = [value.type.tensor_type.elem_type for model in watch.seen[1:] for value in (*model.graph.input, *model.graph.output)]
+    assert values == [kind, kind, TensorProto.FLOAT, kind, kind, TensorProto.FLOAT]
 
 
 def test_the_way_into_integers_and_out_is_measured_at_the_shape_of_the_value() -> None:

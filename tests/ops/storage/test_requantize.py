@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from intaglio.ops.arithmetic.weight import integer_weight
 from intaglio.ops.emit import spec_of
-from intaglio.ops.storage import STORAGES, requantize, requantized
+from intaglio.ops.storage import STORAGES, limited, requantize, requantized
 from tests.ops.running import Array, assemble, emitter_for, normal, run, run_model
 
 
@@ -43,11 +43,11 @@ def test_the_program_is_the_reference(shape: tuple[int, ...], opset: int, seed: 
 @pytest.mark.parametrize("opset", [13, 18])
 @pytest.mark.parametrize("storage", ["int8", "kmeans4"])
 def test_a_target_of_fewer_bits_gets_smaller_codes(storage: str, opset: int, tmp_path: Path) -> None:
-    """A storage's own codes are rounded once more, what has none is rounded to them at once; either way that is folded."""
+    """A storage's own codes are chosen within them, what has none is rounded to them when it is loaded, which is folded."""
     array = normal(3, 12, 40)
     emitter = emitter_for(opset)
     emitter.target = replace(emitter.target, largest_code=63)
-    packed = STORAGES[storage].encode(array, 0)
+    packed = limited(STORAGES[storage], 63).encode(array, 0)
     weight = integer_weight(emitter, "", STORAGES[storage], packed, spec_of(array), 0)
     assert weight.largest == 63
     emitter.node("Gather", [weight.codes, "index"], "y")
@@ -56,8 +56,28 @@ def test_a_target_of_fewer_bits_gets_smaller_codes(storage: str, opset: int, tmp
     codes, scale = run_model(assemble(emitter, feed, ["y", "s"]), feed, save_to=path)
     assert np.abs(codes.astype(int)).max() <= 63
     decoded = STORAGES[storage].decode(packed, spec_of(array))
-    assert (np.abs(codes * scale[:, None] - decoded) <= 0.5 * scale[:, None] * (1 + 1e-5)).all()  # float32 roundings of 2⁻²⁴ in 63 steps
+    lost = 0 if storage == "int8" else 0.5
+    assert (np.abs(codes * scale[:, None] - decoded) <= (lost + 1e-5) * scale[:, None]).all()  # float32 roundings of 2⁻²⁴ in 63 steps
     assert [node.op_type for node in onnx.load(path).graph.node] == ["Gather", "Gather"]
+
+
+@pytest.mark.parametrize("storage", ["int8", "int8-pow2"])
+def test_limited_storages_write_as_many_bytes_and_are_decoded_alike(storage: str) -> None:
+    array, whole = normal(3, 12, 40), STORAGES[storage]
+    within = limited(whole, 63)
+    packed, spec = within.encode(array, 0), spec_of(array)
+    assert within.layout(spec, 0) == whole.layout(spec, 0)
+    assert int(np.abs(packed[0].astype(int)).max()) <= 63  # type: ignore[type-var]
+    np.testing.assert_array_equal(within.decode(packed, spec), whole.decode(packed, spec))
+    assert limited(whole, 127) is whole
+    assert all(limited(other, 63) is other for name, other in STORAGES.items() if not name.startswith("int8"))
+
+
+def test_codes_beyond_those_of_the_target_are_refused() -> None:
+    array, emitter = normal(3, 12, 40), emitter_for(18)
+    emitter.target = replace(emitter.target, largest_code=63)
+    with pytest.raises(ValueError, match="a weight in int8 has codes beyond ±63; expected what the limited storage packs"):
+        integer_weight(emitter, "", STORAGES["int8"], STORAGES["int8"].encode(array, 0), spec_of(array), 0)
 
 
 def test_codes_are_off_by_half_a_step() -> None:
