@@ -163,7 +163,7 @@ def test_other_types_than_float32_are_left_alone() -> None:
     assert latent_of(STORAGES["int8"], packed, spec, 0) == "a weight of float16: only float32 is tuned"
 
 
-@pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "planes2.0", "sparse75-int3", "kmeans3", "nbits4-b32"])
+@pytest.mark.parametrize("name", ["int4", "int3-b32-asym", "planes2.0", "sparse75-int2", "kmeans3", "nbits4-b32"])
 def test_a_start_within_the_cells_is_as_stored_and_nearer_to_the_aim(name: str) -> None:
     latent, packed, spec = stored(name, (6, 40), 0)
     assert isinstance(latent, (Rounded, Levelled))

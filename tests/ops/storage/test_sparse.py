@@ -124,7 +124,7 @@ def test_the_largest_entries_of_a_channel_stay(storage: Sparse) -> None:
 def test_entries_that_cost_more_stay_first() -> None:
     array = normal(3, 8, 200)
     importance = np.where(np.arange(200) < 100, 100.0, 1.0)[None]
-    storage = BY_NAME["sparse75-int3"]
+    storage = BY_NAME["sparse75-int2"]
     kept = storage.codes(storage.encode(array, 0, importance), array.shape) != 0
     assert kept[:, :100].mean() > 3 * kept[:, 100:].mean()
 
@@ -142,8 +142,7 @@ def test_no_code_stands_for_zero(storage: Sparse) -> None:
 
 def test_levels_of_few_gaussian_entries_are_far_from_zero() -> None:
     """Of a tenth, all are beyond 1.6 standard deviations; levels from 0 on would leave some without a weight."""
-    (least,) = {BY_NAME[name].grid(normal(5, 16, 1024), 0).least for name in ("sparse90-int3",)}
-    assert least > 1
+    assert BY_NAME["sparse90-int4"].grid(normal(5, 16, 1024), 0).least > 1
 
 
 def test_more_codes_and_more_entries_are_more_accurate() -> None:
@@ -154,8 +153,8 @@ def test_more_codes_and_more_entries_are_more_accurate() -> None:
         return float(np.square(storage.decode(storage.encode(array, 0), spec_of(array)) - array).mean())
 
     for chain in (
-        ["sparse50-int3", "sparse50-int2", "sparse50-int1"],
-        ["sparse50-int3", "sparse75-int3", "sparse90-int3", "sparse95-int3"],
+        ["sparse50-int4", "sparse50-int3", "sparse50-int2", "sparse50-int1"],
+        ["sparse50-int2", "sparse75-int2", "sparse90-int2"],
     ):
         errors = [error(name) for name in chain]
         assert errors == sorted(errors), chain
