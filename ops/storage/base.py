@@ -22,13 +22,11 @@ class IntegerWeight:
         codes: name of an int8 value of the weight's shape; its zero point is 0.
         scale: name of a float32 value of one dimension, one entry per entry of `axis`, all positive.
         axis: the weight's axis that the scales lie on.
-        largest: no code has a larger magnitude.
     """
 
     codes: str
     scale: str
     axis: int
-    largest: int
 
 
 class Storage(Protocol):

@@ -410,7 +410,7 @@ class Planes(Expandable):
         codes = self._emit_codes(emitter, suffix, packed, spec)
         codes = emitter.call(INTEGER_CODES, [codes], emitter.name("c"), {"unit": float_attribute(1.0)})
         scale = emitter.constant(f"{suffix}.s", packed[2])
-        return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis, max(self.code.highest, -self.code.lowest))
+        return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis)
 
     def _emit_codes(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec) -> str:
         inputs = [emitter.constant(f"{suffix}.q", packed[0]), emitter.constant(f"{suffix}.n", packed[1])]

@@ -81,7 +81,7 @@ def requantize(emitter: Emitter, weight: str, spec: Spec, axis: int) -> IntegerW
     else:
         scale = emitter.call(_scale_program(largest, _BY_INPUT), [weight], emitter.name("p"), {"axes": ints_attribute(axes)})
     codes = emitter.call(_CODES, [weight, scale], emitter.name("c"), {})
-    return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis, largest)
+    return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis)
 
 
 def requantized(weight: NDArray[np.generic], axis: int, largest: int = LARGEST) -> tuple[NDArray[np.int8], NDArray[np.float32]]:

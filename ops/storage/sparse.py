@@ -275,7 +275,7 @@ class Sparse(Expandable):
         codes = self._emit_codes(emitter, suffix, packed, spec)
         codes = emitter.call(INTEGER_CODES, [codes], emitter.name("c"), {"unit": float_attribute(1.0)})
         scale = emitter.constant(f"{suffix}.s", packed[-1])
-        return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis, self.highest(max(_LEASTS)))
+        return IntegerWeight(codes, emit_flat_scale(emitter, scale, 1), axis)
 
     def _emit_codes(self, emitter: Emitter, suffix: str, packed: tuple[Array, ...], spec: Spec) -> str:
         """The name of codes as bytes, of the weight's shape."""

@@ -146,8 +146,7 @@ class Uniform(Expandable):
         elif self.packing.unit > 1:
             codes = emitter.call(INTEGER_CODES, [codes], emitter.name("c"), share)
         scale = self.scales.emit(emitter, suffix, packed[self._stored])
-        largest = int(self._largest) // self.packing.unit
-        return IntegerWeight(codes, emit_flat_scale(emitter, scale, self.packing.unit), axis, largest)
+        return IntegerWeight(codes, emit_flat_scale(emitter, scale, self.packing.unit), axis)
 
     @property
     def _stored(self) -> slice:
