@@ -238,13 +238,9 @@ def table_gain(storage: Storage, site: Site, value: NDArray[np.generic], weight:
     ((_, axis),) = array_specs(site, Form("dense"))
     if moment.diagonal or not compensates(storage, Problem(value, axis, _AnchorReading(site), moment, np.ones(1))):
         return 1.0
-    part, some = _part(site, weight, moment)
-    groups, m, n = part.shape
-    view = MatrixView((groups * m, n), groups, m, n, True)
-    array = view.stored(part).astype(value.dtype)
-    problem, spec = Problem(array, 0, view, some, _spread(view, some)), Spec(array.shape, array.dtype)
+    part, problem = _part_problem(site, weight, moment, value.dtype)
     nearest, found = (
-        some.energy(part, view.matrix(storage.decode(encode(storage, problem, Rounding(each)), spec))) for each in (False, True)
+        problem.moment.energy(part, _decoded(storage, problem, encode(storage, problem, Rounding(each)))) for each in (False, True)
     )
     return min(1.0, found / nearest) if nearest > 0 else 1.0
 
@@ -253,6 +249,21 @@ def _part(site: Site, weight: NDArray[np.float64], moment: Moment) -> tuple[NDAr
     """Some outputs and the first inputs of a weight, and the moment of these inputs."""
     some = Moment(moment.matrix[:, :_GAIN_INPUTS, :_GAIN_INPUTS], moment.rows)
     return weight[:, :: max(1, site.use.view.m // _GAIN_OUTPUTS), :_GAIN_INPUTS], some
+
+
+def _part_problem(
+    site: Site, weight: NDArray[np.float64], moment: Moment, dtype: np.dtype[np.generic]
+) -> tuple[NDArray[np.float64], Problem]:
+    """The same part (groups, m, n), and as one matrix (groups·m, n) of a type that is to be stored."""
+    part, some = _part(site, weight, moment)
+    groups, m, n = part.shape
+    view = MatrixView((groups * m, n), groups, m, n, True)
+    return part, Problem(view.stored(part).astype(dtype), 0, view, some, _spread(view, some))
+
+
+def _decoded(storage: Storage, problem: Problem, packed: Packed) -> NDArray[np.float64]:
+    """The matrices that packed arrays of a problem stand for."""
+    return problem.reading.matrix(storage.decode(packed, Spec(problem.array.shape, problem.array.dtype)))
 
 
 def storage_gain(storage: Storage, site: Site, weight: NDArray[np.float64], moment: Moment) -> float:
@@ -268,13 +279,10 @@ def storage_gain(storage: Storage, site: Site, weight: NDArray[np.float64], mome
     """
     if moment.diagonal:
         return 1.0
-    part, some = _part(site, weight, moment)
-    groups, m, n = part.shape
-    reading = MatrixView((groups * m, n), groups, m, n, True)
-    array = reading.stored(part).astype(np.float32)
-    problem = Problem(array, 0, reading, some, _spread(reading, some))
-    packs = (storage.encode(array, 0, problem.importance), encode(storage, problem, COMPENSATED))
-    plain, found = (reading.matrix(storage.decode(packed, Spec(array.shape, array.dtype))) for packed in packs)
+    part, problem = _part_problem(site, weight, moment, np.dtype(np.float32))
+    some = problem.moment
+    packs = (storage.encode(problem.array, 0, problem.importance), encode(storage, problem, COMPENSATED))
+    plain, found = (_decoded(storage, problem, packed) for packed in packs)
     unrelated = Moment(some.diag, some.rows).energy(part, plain)
     return some.energy(part, found) / unrelated if unrelated > 0 else 1.0
 
