@@ -128,17 +128,18 @@ def check(job: Job, forms: Mapping[str, Form]) -> None:
     """Raise unless every form fits what it names.
 
     Raises:
-        InputError: a form names an unknown site, or one that cannot take it, or layers disagree about their channels, or weights of one
-            operator about its arithmetic.
+        InputError: a form names an unknown site, or one that cannot take it, or is none of the target's, or layers disagree about their
+            channels, or weights of one operator about its arithmetic.
     """
+    target = TARGETS[job.settings.target]
     sites = {site.name: site for site in job.sites}
     carriers = {carrier.name for carrier in job.carriers}
     for name, form in forms.items():
-        if name in carriers and form in (UNCHANGED, CARRIED):
-            continue
-        if name not in sites:
+        carried = name in carriers and form in (UNCHANGED, CARRIED)
+        if not carried and name not in sites:
             raise InputError(f"plan: site {name!r} is not in the model; solve again for this model")
-        reason = None if form == UNCHANGED else declines(sites[name], form)
+        reason = None if carried or form == UNCHANGED else declines(sites[name], form)
+        reason = reason or target.declines(form)
         if reason:
             raise InputError(f"plan: site {name!r} cannot take {form}: {reason}; choose another form")
     partners_of(job).check(forms)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from intaglio.ops.arithmetic import ARITHMETICS
 from intaglio.ops.decompositions import DECOMPOSITIONS
-from intaglio.ops.form import PRUNED
+from intaglio.ops.form import PRUNED, Form
 from intaglio.ops.storage import STORAGES, readers
 
 from .errors import InputError
@@ -61,6 +61,14 @@ class Target:
             arithmetics=tuple(dict.fromkeys(("float", *arithmetics))) if arithmetics else known,
             expand=expand and self.expands,
         )
+
+    def declines(self, form: Form) -> str | None:
+        """Why a form cannot be emitted for this kind of runtime; None where it can."""
+        if form.storage not in self.storages:
+            return f"target {self.name} has no {form.storage}"
+        if form.arithmetic not in ("float", *self.arithmetics):
+            return f"target {self.name} does not compute in {form.arithmetic}"
+        return None
 
     def select(self, sites: Sites, include: Sequence[str], exclude: Sequence[str]) -> tuple[Sites, tuple[Skip, ...]]:
         """The sites that the user's expressions leave, and the others as skips.

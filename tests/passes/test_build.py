@@ -196,6 +196,20 @@ def test_a_plan_that_names_no_target_or_an_unknown_one(tmp_path: Path) -> None:
         apply_plan(job("attention"), replace(plan, menu=replace(plan.menu, target="toaster")))
 
 
+@pytest.mark.parametrize(
+    ("target", "arithmetic", "reason"),
+    [
+        ("mobile", "dynamic", "does not compute in dynamic"),
+        ("cuda", "integer", "does not compute in integer"),
+        ("web", "nbits", "has no nbits4"),
+    ],
+)
+def test_an_edited_plan_asks_for_what_its_target_lacks(target: str, arithmetic: str, reason: str) -> None:
+    opened = open_job(*attention(), Settings(target=target))
+    with pytest.raises(InputError, match=rf"plan: site '\w+' cannot take dense/.*: target {target} {reason}"):
+        build(opened, forms_in(opened, arithmetic))
+
+
 TOLERANCES = {"integer": 0.03, "dynamic": 0.03, "nbits": 0.03, "rows": 1e-5}
 """Arithmetic → of the largest output. Kernels and plain operators round to the same step but where float32 sums differ just between
 two steps; each such entry is off by 1/255 of its range, and few of them meet in one output. `MatMulNBits` rounds its input

@@ -82,6 +82,21 @@ def test_names_that_are_not_available_are_refused(target: Target, chosen: dict[s
         target.allowed(**chosen)  # type: ignore[arg-type]  # every key is one of names
 
 
+@pytest.mark.parametrize(
+    ("target", "form", "reason"),
+    [
+        ("cpu", Form("dense", (), "nbits4-b32", "dense", "nbits"), None),
+        ("cuda", Form("dense", (), "int8", "dense", "integer"), "target cuda does not compute in integer"),
+        ("mobile", Form("dense", (), "int8", "dense", "dynamic"), "target mobile does not compute in dynamic"),
+        ("mobile", Form("dense", (), "nbits4-b32"), "target mobile has no nbits4-b32"),
+        ("web", Form("dense", (), "int8", "dense", "dynamic"), None),
+        ("web", UNCHANGED, None),
+    ],
+)
+def test_which_forms_a_target_declines(target: str, form: Form, reason: str | None) -> None:
+    assert TARGETS[target].declines(form) == reason
+
+
 @cache
 def made(layer: str, form: Form) -> tuple[ModelProto, ModelProto] | None:
     """A case's model with this form of its weight, before and after ONNX Runtime's optimizations; None where the site declines it."""
