@@ -269,7 +269,7 @@ def _decoded(storage: Storage, problem: Problem, packed: Packed) -> NDArray[np.f
 def storage_gain(storage: Storage, site: Site, weight: NDArray[np.float64], moment: Moment) -> float:
     """The error of a storage after compensated rounding, over that of its own encoding were inputs unrelated, measured on the same part.
 
-    For storages that drop entries: what that loses is no matter of a step's size. It can be more than 1.
+    For storages that drop entries or have few codes: what they lose is no matter of a step's size alone. It can be more than 1.
 
     Args:
         storage: accepts float32 matrices.

@@ -4,7 +4,8 @@ Errors are ‖(W − Ŵ)A½‖²/‖WA½‖². Truncation errors come from spect
 computed for some channels of the dense weight in each storage; those of factors are computed once per decomposition, in one storage at a
 middle rank, those of a corrected weight in one storage at every rank, and follow the dense errors for other storages. What
 error-compensated rounding gains is measured on a few outputs: once per site for uniform grids, as the share of the error that it takes away
-hardly depends on the number of bits, once for codebooks of each length of runs, on the smallest, and for each storage that drops entries.
+hardly depends on the number of bits, once for codebooks of each length of runs, on the smallest, and for each storage that drops entries or
+has few codes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
-from intaglio.ops.storage import STORAGES, is_scalar, is_tabular, limited, readers, requantized
+from intaglio.ops.storage import STORAGES, ScalarStorage, is_scalar, is_tabular, limited, readers, requantized
 from intaglio.ops.storage.sparse import Sparse
 
 from .fit import compensation_gain, fit_factors, form_error, importance, storage_gain, table_gain, uncorrected_share
@@ -36,6 +37,9 @@ WORST_ERROR = 0.7
 
 SAMPLED_ENTRIES = 1 << 18
 """About how many entries of a weight its rounding errors are computed on."""
+
+_COARSE_CODES = 4
+"""Storages of so few codes at most have no room to compensate: errors of int2 and ternary are twice what the gain in four bits promises."""
 
 _PROBE_STORAGE = "int4"
 """In which the rounding of factors is measured."""
@@ -218,7 +222,8 @@ def _rounding_errors(
     cannot.
 
     Rounding errors of different entries are unrelated, so diag(A) alone prices them, and diag(G) where outputs have a metric; compensated
-    rounding turns them towards directions in which A is weak, which `compensation_gain` and `table_gain` measure.
+    rounding turns them towards directions in which A is weak, which `compensation_gain` and `table_gain` measure, and `storage_gain` where
+    codes hit the ends of their grid.
     """
     ((spec, axis),) = array_specs(site, Form("dense"))
     count = spec.shape[axis]
@@ -248,14 +253,21 @@ def _rounding_errors(
             continue
         if is_tabular(storage) and (stand_in := _GAIN_STORAGES[name]) not in of_tables:
             of_tables[stand_in] = table_gain(STORAGES[stand_in], site, value, weight, moment)
-        gain = uniform if is_scalar(storage) else of_tables[_GAIN_STORAGES[name]] if is_tabular(storage) else 1.0
-        if isinstance(storage, Sparse):
+        if isinstance(storage, Sparse) or (is_scalar(storage) and _is_coarse(storage)):
             gain = storage_gain(storage, site, weight, moment)
+        else:
+            gain = uniform if is_scalar(storage) else of_tables[_GAIN_STORAGES[name]] if is_tabular(storage) else 1.0
         stored[name] = gain * lost(storage.decode(storage.encode(part, axis, weights), sampled))
         for limit in limits:
             if (within := limited(storage, limit)) is not storage:
                 narrow[name, limit] = gain * lost(within.decode(within.encode(part, axis, weights), sampled))
     return _Errors(stored, narrow, {limit: lost(_nearest(part, axis, limit)) for limit in limits})
+
+
+def _is_coarse(storage: ScalarStorage) -> bool:
+    """Whether most codes lie at the ends of their grid."""
+    grid = storage.grid(np.zeros((1, 1), np.float32), 0)
+    return grid.highest - grid.lowest < _COARSE_CODES
 
 
 def _nearest(array: NDArray[np.generic], axis: int, largest: int) -> NDArray[np.float32]:

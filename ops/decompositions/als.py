@@ -52,6 +52,30 @@ def pull(outputs: Float64, image: Float64, rank: int) -> Float64:
     return np.asarray(np.tensordot(folded, image.reshape(m, -1, folded.shape[2]), axes=((0, 2), (0, 2))), np.float64)
 
 
+@dataclass(frozen=True, eq=False)
+class Goal:
+    """What is factored, and in which metric.
+
+    Attributes:
+        weight: W, (m, n).
+        metric: A, (n, n).
+        image: W·A, (m, n): the only product of both that the sweeps ask for.
+    """
+
+    weight: Float64
+    metric: Float64
+    image: Float64
+
+    @staticmethod
+    def of(weight: Float64, metric: Float64) -> Goal:
+        """The goal W in the metric A."""
+        return Goal(weight, metric, weight @ metric)
+
+    def mixed(self, outputs: Float64) -> Goal:
+        """Uᵀ·W in the same metric, for outputs U (m, k)."""
+        return Goal(outputs.T @ self.weight, self.metric, outputs.T @ self.image)
+
+
 def start(weight: Float64, metric: Float64, inner: int, rank: int) -> Float64:
     """V (rank, inner) with orthonormal rows: the best low-rank factor in the mean metric when each position is an output.
 
@@ -93,30 +117,32 @@ class Regression:
         return solve_lower(self.root, self.explained, transposed=True).T
 
 
-def regress(factor: Float64, weight: Float64, metric: Float64) -> Regression:
-    """Least squares of W (m, n) on P = V ⊗ I in the metric A (n, n)."""
-    image = lift(factor, metric)
-    root = lower_root(lift(factor, image.T), SOLVE_RIDGE)
-    return Regression(root, solve_lower(root, image @ weight.T))
+def regress(factor: Float64, goal: Goal) -> Regression:
+    """Least squares of W on P = V ⊗ I in the metric A."""
+    root = lower_root(lift(factor, lift(factor, goal.metric).T), SOLVE_RIDGE)
+    return Regression(root, solve_lower(root, lift(factor, goal.image.T)))
 
 
-def update_factor(factor: Float64, outputs: Float64, weight: Float64, metric: Float64) -> Float64:
+def update_factor(factor: Float64, outputs: Float64, goal: Goal) -> Float64:
     """Conjugate gradients on ‖(W − U·P)A½‖² over V, from the given V.
+
+    The gradient is U's adjoint of W·A, less that of U·P·A, which UᵀU and P·A tell: nothing of the weight's height is multiplied in a step.
 
     Args:
         factor: V, (r, inner).
         outputs: U, (m, r·positions).
-        weight: W, (m, n).
-        metric: A, (n, n).
+        goal: W and A.
     """
-    rank = len(factor)
-    difference = weight - compose(outputs, factor)
-    image = difference @ metric
-    error = float(np.vdot(image, difference))
-    residual = pull(outputs, image, rank)
+    gram, aim = outputs.T @ outputs, pull(outputs, goal.image, len(factor))
+
+    def curved(direction: Float64) -> Float64:
+        return pull(gram, lift(direction, goal.metric), len(direction))
+
+    residual = aim - curved(factor)
+    error = float(np.vdot(goal.image, goal.weight) - np.vdot(factor, aim + residual))
     direction, energy = residual, float(np.vdot(residual, residual))
     for _ in range(STEPS):
-        image = pull(outputs, compose(outputs, direction) @ metric, rank)
+        image = curved(direction)
         curvature = float(np.vdot(direction, image))
         if curvature <= 0:
             break
