@@ -27,7 +27,7 @@ from .frontier import Frontier
 from .graph import MAIN, ValueIndex, all_names, downstream
 from .integer import place
 from .job import Job
-from .match import FOLDS, levels, matchable, matched, mean_shift, pooled
+from .match import FOLDS, levels, matchable, matched, mean_shift, pooled_moment
 from .model import Model
 from .options import Progress, silent
 from .parallel import in_parallel, workers
@@ -211,7 +211,7 @@ class _Fitting:
         whole = [site for site in stage if self.forms[site.name].decomposition != PRUNED]
         rest = [site for site in whole if site.name not in pairs]
         moments = calibrate(self._current, rest, job.shapes, job.data, job.splits.fit, job.calibration, seed=job.settings.seed)
-        moments |= {site.name: pooled(pairs[site.name]).moment for site in whole if site.name in pairs}
+        moments |= {site.name: pooled_moment(pairs[site.name]) for site in whole if site.name in pairs}
         weighed = {name: self._metrics.weigh(name, moment).shrunk() for name, moment in moments.items()}
         self._keep(whole, partial(self._whole, weighed, pairs))
         self._keep([site for site in stage if site.name in pairs and site.name not in moments], partial(self._repruned, pairs))
@@ -301,7 +301,7 @@ class _Fitting:
         if bias is None or moment.mean is None:
             return part, arrays
         approximation = rebuilt(site, form, decoded)
-        shift = mean_shift(weight, approximation, pooled(folds)) if folds else bias_shift(weight, approximation, moment)
+        shift = mean_shift(weight, approximation, folds) if folds else bias_shift(weight, approximation, moment)
         return replace(part, changes={bias.name: corrected(model, bias, shift)}), arrays
 
 

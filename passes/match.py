@@ -68,15 +68,20 @@ def levels(proto: ModelProto, sites: Sequence[Site]) -> list[list[Site]]:
 
 def pooled(folds: Sequence[Pair]) -> Pair:
     """The pair over all folds."""
-    rows = np.array([fold.moment.rows for fold in folds], np.float64)
-    shares = rows / rows.sum()
+    return Pair(pooled_moment(folds), _mean(folds, (fold.cross for fold in folds)), _mean(folds, (fold.mean for fold in folds)))
 
-    def mean(arrays: Iterable[Float64]) -> Float64:
-        return np.asarray(sum(share * array for share, array in zip(shares, arrays, strict=True)))
 
-    center = mean(_center(fold) for fold in folds)
-    moment = replace(folds[0].moment, matrix=mean(fold.moment.matrix for fold in folds), rows=int(rows.sum()), mean=center)
-    return Pair(moment, mean(fold.cross for fold in folds), mean(fold.mean for fold in folds))
+def pooled_moment(folds: Sequence[Pair]) -> Moment:
+    """The moment of `pooled`."""
+    matrix = _mean(folds, (fold.moment.matrix for fold in folds))
+    center = _mean(folds, (_center(fold) for fold in folds))
+    return replace(folds[0].moment, matrix=matrix, rows=sum(fold.moment.rows for fold in folds), mean=center)
+
+
+def _mean(folds: Sequence[Pair], arrays: Iterable[Float64]) -> Float64:
+    """Of arrays that belong to the folds, each with the weight of its fold's rows."""
+    rows = [fold.moment.rows for fold in folds]
+    return np.asarray(sum(count / sum(rows) * array for count, array in zip(rows, arrays, strict=True)))
 
 
 def centred(pair: Pair) -> Pair:
@@ -114,9 +119,10 @@ def matched(
     return start + next(_steps(_residual(weight, start, whole), whole.moment, RIDGES[best : best + 1]))
 
 
-def mean_shift(weight: Float64, approximation: Float64, pair: Pair) -> Float64:
-    """W·E[x] − Ŵ·E[z], (groups, m): added to the output of Ŵ on z, it gives the mean of W on x."""
-    return np.asarray(np.einsum("gmp,gp->gm", weight, pair.mean) - np.einsum("gmn,gn->gm", approximation, _center(pair)))
+def mean_shift(weight: Float64, approximation: Float64, folds: Sequence[Pair]) -> Float64:
+    """W·E[x] − Ŵ·E[z], (groups, m), over all folds: added to the output of Ŵ on z, it gives the mean of W on x."""
+    wanted, center = _mean(folds, (fold.mean for fold in folds)), _mean(folds, (_center(fold) for fold in folds))
+    return np.asarray(np.einsum("gmp,gp->gm", weight, wanted) - np.einsum("gmn,gn->gm", approximation, center))
 
 
 def _center(pair: Pair) -> Float64:

@@ -29,7 +29,7 @@ from .graph import ValueIndex
 from .groups import ChannelGroup
 from .job import Job
 from .kernels import Integers
-from .match import matched, mean_shift, pooled
+from .match import matched, mean_shift, pooled_moment
 from .model import Model
 from .parallel import in_parallel, workers
 from .prune import Channels, Orders
@@ -243,14 +243,14 @@ def match_pruned(
     _, _, kept_out = kept_channels(site, channels, cuts)
     smaller, rows, bias = as_dense(site, form), kept_rows(site, kept_out), find_bias(model, site, index)
     outputs = _outputs(site, rows)
-    weight, pair = site.matrix(site.value(model))[outputs], pooled(folds)
+    weight = site.matrix(site.value(model))[outputs]
     target = matched(weight, smaller[0].matrix(start), folds, free_mean=bias is not None)
     aim = (start, smaller[0].matrix(start)) if target is None else (smaller[0].stored(target), target)
-    arrays, (decoded,) = store(*smaller, *aim, pair.moment.shrunk(), integers)
+    arrays, (decoded,) = store(*smaller, *aim, pooled_moment(folds).shrunk(), integers)
     part = fragment(site, form, arrays, model.proto, taken, integers)
     if bias is None:
         return part, arrays
-    return _shifted(model, site, part, bias, outputs, mean_shift(weight, smaller[0].matrix(decoded), pair)), arrays
+    return _shifted(model, site, part, bias, outputs, mean_shift(weight, smaller[0].matrix(decoded), folds)), arrays
 
 
 def kept_channels(
