@@ -87,7 +87,7 @@ def test_every_table_has_a_storage_that_its_gain_is_measured_in() -> None:
 
 @pytest.mark.parametrize("storage", ["sparse50-int1", "sparse50-int3", "sparse75-int2", "int2", "int2-b32-asym", "ternary"])
 def test_errors_of_few_codes_are_predicted_with_what_compensation_does_to_each(storage: str) -> None:
-    """Of sparse weights too. Channels that count more or less, inputs that are correlated; measured on some outputs, so within a quarter."""
+    """Channels count more or less, inputs are correlated; gains are measured on some outputs, so prices are right within a quarter."""
     model, site = site_of(parse("g (float[N, 96] x) => (float[N, 160] y) { y = MatMul (x, w) }", {"w": normal(1, 96, 160)}))
     rng = np.random.default_rng(0)
     root = rng.standard_normal((1, 96, 60)) * np.geomspace(1, 10, 96)[:, None]
