@@ -114,7 +114,7 @@ def taught(job: Job, attempt: Attempt, progress: Progress) -> tuple[Attempt, Tun
         result = untouched(start.fitted, interrupted=True)
         return start, replace(result, improved=kept, before=attempt.measured, after=start.measured, unrounded=before)
     share = 1 - UNROUNDED_SHARE if kept else 1.0
-    result = tuned(start.job, start.plan.forms, start.fitted, share=share, progress=progress) or untouched(start.fitted)
+    result = tuned(start.job, start.plan.forms, start.fitted, share=share, again=kept, progress=progress) or untouched(start.fitted)
     result = replace(result, unrounded=before)
     judged = start, result
     if result.improved:

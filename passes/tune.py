@@ -275,7 +275,7 @@ class _Run:
             self._are_blocks_taught = True
 
     def _best_rate(self, progress: Progress) -> float:
-        """The highest rate that a few steps from the same start do no harm with; the parameters are put back.
+        """The highest rate that a few steps from the same start do no harm with, or the best one; the parameters are put back.
 
         Rates fall to zero as in a whole run: at a constant rate, what rounding makes of the last steps would favour the low ones. A few
         steps favour these all the same: what a high rate loses at first it makes good later.
@@ -300,6 +300,8 @@ class _Run:
                 course.flat[...] = put_back
         start = min(point.divergence for point in self.history)
         finite = {rate: divergence for rate, divergence in found.items() if math.isfinite(divergence)}
+        if not self.options.bold:
+            return min(finite or found, key=found.__getitem__)
         limit = start * (_RECOVERABLE if self.steps >= _LONG * steps else _HARMLESS)
         harmless = [rate for rate, divergence in finite.items() if divergence <= limit]
         return max(harmless) if harmless else min(finite or found, key=found.__getitem__)

@@ -23,9 +23,10 @@ class TuneOptions:
     Attributes:
         batch: samples per step; models of a fixed, smaller batch are run several times per step, and so are those whose reverse pass
             would not fit in memory.
-        rate: how far a parameter may move per step, as a share of its array's root mean square; None to try `rates` and
-            take the highest that does no harm at first.
+        rate: how far a parameter may move per step, as a share of its array's root mean square; None to try `rates`.
         rates: to try.
+        bold: whether the highest of them is taken that does no harm at first, or, in a long run, little; else the one that is best at
+            once.
         warmup: share of the steps over which the rate rises.
         adam: how gradients are averaged.
         constants: whether biases and normalizations are tuned too.
@@ -49,6 +50,7 @@ class TuneOptions:
     batch: int = 64
     rate: float | None = None
     rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3)
+    bold: bool = True
     warmup: float = 0.05
     adam: AdamOptions = field(default_factory=AdamOptions)
     constants: bool = True

@@ -97,6 +97,16 @@ def test_long_runs_make_good_what_a_rate_loses_at_first(steps: int, expected: fl
     assert run._best_rate(silent) == expected
 
 
+def test_a_gentle_run_takes_the_rate_that_is_best_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = course_of(options=replace(OPTIONS, rates=(1e-5, 1e-4, 1e-3, 1e-2), bold=False))
+    run = module._Run(opened, 200, None)
+    run.history.append(Point(0, 0.5, 1.0, 0.0))
+    after = iter((0.99, 0.95, 0.97, float("nan")))
+    monkeypatch.setattr(opened, "learn", lambda _: 0.5)
+    monkeypatch.setattr(opened, "divergence", lambda: next(after))
+    assert run._best_rate(silent) == 1e-4
+
+
 def test_the_best_of_several_rates_is_found_and_leaves_no_trace() -> None:
     options = replace(OPTIONS, rates=(1e-9, 1e-2, 1e3), rate=None)
     result = tune(job(), plan(COARSE), fitted(), steps=60, options=options)
