@@ -28,7 +28,7 @@ def apply_plan(job: Job, plan: Plan, *, progress: Progress = silent) -> Outcome:
         progress: shows how far it is.
 
     Raises:
-        InputError: the plan is another model's, or a form does not fit its site.
+        InputError: the plan is another model's, or a form does not fit its site or is none of the target's.
         VerificationError: the plan, as it was solved, does not keep its budget on held-out data.
     """
     check_model(job.original, plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -321,6 +321,12 @@ def _cost_json(cost: Cost) -> dict[str, float]:
     return {"size_bytes": cost.size_bytes, "latency_s": cost.latency_s, "divergence": cost.divergence}
 
 
+def _unnoted_target(candidates: Mapping[str, Sequence[Candidate]]) -> str:
+    """What a plan from before targets were noted is for: standard operators run anywhere, others on processors."""
+    named = any(each.form.arithmetic == "nbits" for every in candidates.values() for each in every)
+    return "cpu" if named else "web"
+
+
 def _form(decomposition: object, ranks: object, storage: object, execution: object, arithmetic: object, where: str) -> Form:
     if not all(isinstance(word, str) for word in (decomposition, storage, execution, arithmetic)) or not isinstance(ranks, list):
         raise InputError(
@@ -386,7 +392,7 @@ def read_plan(path: Path) -> Plan:
             bool(document["equalized"]),
             str(document.get("lineage", "")),
             {str(name): float(floor) for name, floor in document.get("floors", {}).items()},
-            str(document.get("target", "web")),  # a plan from before targets were noted: standard operators run anywhere
+            str(document.get("target") or _unnoted_target(candidates)),
             str(document.get("integers", "full")),
         )
         if menu.unit not in UNITS:

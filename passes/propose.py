@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -223,7 +224,7 @@ def _rounding_errors(
 
     Rounding errors of different entries are unrelated, so diag(A) alone prices them, and diag(G) where outputs have a metric; compensated
     rounding turns them towards directions in which A is weak, which `compensation_gain` and `table_gain` measure, and `storage_gain` where
-    codes hit the ends of their grid.
+    entries are dropped or codes hit the ends of their grid.
     """
     ((spec, axis),) = array_specs(site, Form("dense"))
     count = spec.shape[axis]
@@ -264,6 +265,7 @@ def _rounding_errors(
     return _Errors(stored, narrow, {limit: lost(_nearest(part, axis, limit)) for limit in limits})
 
 
+@cache
 def _is_coarse(storage: ScalarStorage) -> bool:
     """Whether most codes lie at the ends of their grid."""
     grid = storage.grid(np.zeros((1, 1), np.float32), 0)

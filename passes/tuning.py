@@ -34,7 +34,7 @@ _BLOCK_SHARE = 1 / 3
 On a pruned CIFAR ResNet, 60 such steps lower the divergence by 23 %, 240 of the whole model by 15 %.
 """
 
-_GENTLE_RATES = (1e-4, 3e-4, 1e-3)
+_GENTLE_RATES = (1e-4, 3e-4)
 """Rates for codes of what was taught in floats: they lie near the best already, and are only to make good what rounding took."""
 
 _STEPS_BETWEEN = 12

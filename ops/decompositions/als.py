@@ -59,7 +59,7 @@ class Goal:
     Attributes:
         weight: W, (m, n).
         metric: A, (n, n).
-        image: W·A, (m, n): the only product of both that the sweeps ask for.
+        image: W·A, (m, n): the same in every sweep.
     """
 
     weight: Float64
@@ -117,27 +117,33 @@ class Regression:
         return solve_lower(self.root, self.explained, transposed=True).T
 
 
-def regress(factor: Float64, goal: Goal) -> Regression:
-    """Least squares of W on P = V ⊗ I in the metric A."""
-    root = lower_root(lift(factor, lift(factor, goal.metric).T), SOLVE_RIDGE)
-    return Regression(root, solve_lower(root, lift(factor, goal.image.T)))
+def regress(factor: Float64, weight: Float64, metric: Float64) -> Regression:
+    """Least squares of W (m, n) on P = V ⊗ I in the metric A (n, n)."""
+    image = lift(factor, metric)
+    root = lower_root(lift(factor, image.T), SOLVE_RIDGE)
+    return Regression(root, solve_lower(root, image @ weight.T))
 
 
 def update_factor(factor: Float64, outputs: Float64, goal: Goal) -> Float64:
     """Conjugate gradients on ‖(W − U·P)A½‖² over V, from the given V.
 
-    The gradient is U's adjoint of W·A, less that of U·P·A, which UᵀU and P·A tell: nothing of the weight's height is multiplied in a step.
+    The gradient is the adjoint of W·A, less that of U·P·A. The latter is told by UᵀU and P·A too, which costs less than U·P times A where V
+    has fewer rows than U.
 
     Args:
         factor: V, (r, inner).
         outputs: U, (m, r·positions).
         goal: W and A.
     """
-    gram, aim = outputs.T @ outputs, pull(outputs, goal.image, len(factor))
+    rank, (m, mixed), n = len(factor), outputs.shape, len(goal.metric)
+    gram = outputs.T @ outputs if rank * (n + mixed) < m * (n + 2 * rank) else None
 
     def curved(direction: Float64) -> Float64:
-        return pull(gram, lift(direction, goal.metric), len(direction))
+        if gram is None:
+            return pull(outputs, compose(outputs, direction) @ goal.metric, rank)
+        return pull(gram, lift(direction, goal.metric), rank)
 
+    aim = pull(outputs, goal.image, rank)
     residual = aim - curved(factor)
     error = float(np.vdot(goal.image, goal.weight) - np.vdot(factor, aim + residual))
     direction, energy = residual, float(np.vdot(residual, residual))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from ..families import Use
 from ..moment import Moment
-from .als import Goal, metric_of, regress, start
+from .als import metric_of, regress, start
 from .base import Decomposition, Ranks
 from .linalg import Float64, solve_lower
 from .lowrank import Components, LowRank, components
@@ -133,7 +133,7 @@ def _projected(
     inner = int(np.prod(use.view.shape[1:3])) if isinstance(decomposition, Separable) else use.view.shape[1]
     positions = use.view.n // inner
     factor = start(whole, metric, inner, max(rank[0] for rank in ranks))
-    regression = regress(factor, Goal.of(whole, metric))
+    regression = regress(factor, whole, metric)
     prefix = np.kron(factor, np.eye(positions))
     found = []
     for gradient in gradients:

@@ -53,9 +53,9 @@ class Separable(UniformFactors):
         if not ranks or total <= 0:
             return [0.0] * len(ranks)
         metric, (_, c, rows, columns) = metric_of(moment), use.view.shape
-        goal = Goal.of(moment.whiten(weight)[0], metric)
-        factor = start(goal.weight, metric, c * rows, max(r for (r,) in ranks))
-        kept = np.cumsum(np.square(regress(factor, goal).explained).sum(axis=1))
+        weight = moment.whiten(weight)
+        factor = start(weight[0], metric, c * rows, max(r for (r,) in ranks))
+        kept = np.cumsum(np.square(regress(factor, weight[0], metric).explained).sum(axis=1))
         return [max(0.0, 1 - float(kept[r * columns - 1]) / total) for (r,) in ranks]
 
     def shapes(self, use: Use, ranks: Ranks) -> tuple[Shape, ...]:
@@ -72,10 +72,10 @@ class Separable(UniformFactors):
         metric, (m, c, rows, _) = metric_of(moment.regularized(RIDGE)), use.view.shape
         goal = Goal.of(moment.whiten(weight)[0], metric)
         factor = start(goal.weight, metric, c * rows, ranks[0])
-        outputs = regress(factor, goal).outputs()
+        outputs = regress(factor, goal.weight, goal.metric).outputs()
         for _ in range(SWEEPS):
             factor = orthonormal(update_factor(factor, outputs, goal))
-            outputs = regress(factor, goal).outputs()
+            outputs = regress(factor, goal.weight, goal.metric).outputs()
         outputs = moment.unwhiten(outputs[None])[0]
         shapes = self.shapes(use, ranks)
         scale = balance(np.linalg.norm(factor, axis=1), np.linalg.norm(outputs.reshape(m, ranks[0], -1), axis=(0, 2)))

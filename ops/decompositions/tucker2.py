@@ -65,9 +65,9 @@ class Tucker2(UniformFactors):
         if not ranks or total <= 0:
             return [0.0] * len(ranks)
         metric, (_, c, *kernel) = metric_of(moment), use.view.shape
-        goal = Goal.of(moment.whiten(weight)[0], metric)
-        factor = start(goal.weight, metric, c, max(r1 for r1, _ in ranks))
-        explained = regress(factor, goal).explained
+        weight = moment.whiten(weight)
+        factor = start(weight[0], metric, c, max(r1 for r1, _ in ranks))
+        explained = regress(factor, weight[0], metric).explained
         kept: dict[int, Float64] = {}
         for r1 in {r1 for r1, _ in ranks}:
             part = explained[: r1 * int(np.prod(kernel))]
@@ -88,10 +88,10 @@ class Tucker2(UniformFactors):
         """Alternating least squares: (U, G) in closed form, V by conjugate gradients."""
         goal = Goal.of(moment.whiten(weight)[0], metric_of(moment.regularized(RIDGE)))
         factor = start(goal.weight, goal.metric, use.view.shape[1], ranks[0])
-        outputs, core = _reduced(regress(factor, goal), ranks[1])
+        outputs, core = _reduced(regress(factor, goal.weight, goal.metric), ranks[1])
         for _ in range(SWEEPS):
             factor = orthonormal(update_factor(factor, core, goal.mixed(outputs)))
-            outputs, core = _reduced(regress(factor, goal), ranks[1])
+            outputs, core = _reduced(regress(factor, goal.weight, goal.metric), ranks[1])
         outputs = moment.unwhiten(outputs[None])[0]
         scale = balance(np.linalg.norm(core, axis=1), np.linalg.norm(outputs, axis=0))
         shapes = self.shapes(use, ranks)

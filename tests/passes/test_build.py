@@ -190,6 +190,12 @@ def test_a_plan_that_names_no_target_or_an_unknown_one(tmp_path: Path) -> None:
     del document["target"]
     (tmp_path / "plan.json").write_text(json.dumps(document), encoding="utf-8")
     old = read_plan(tmp_path / "plan.json")
+    assert old.menu.target == "cpu"  # some candidates are for MatMulNBits
+    rows = document["candidates"]
+    document["candidates"] = {name: [row for row in rows[name] if row[4] != "nbits"] for name in rows}
+    (tmp_path / "plan.json").write_text(json.dumps(document), encoding="utf-8")
+    old = read_plan(tmp_path / "plan.json")
+    assert old.menu.target == "web"
     result = apply_plan(job("attention"), replace(old, forms=forms_in(job("attention"), "integer"), solution=None)).model.proto
     assert {node.domain for node in result.graph.node} <= {"", "intaglio"}
     with pytest.raises(InputError, match="plan: target 'toaster' is unknown; expected one of cpu, cuda, mobile, web"):

@@ -19,6 +19,7 @@ from intaglio.passes.pipeline import Outcome, compress_job
 from intaglio.passes.report import report
 from intaglio.passes.rewrite import declines
 from intaglio.passes.tune import TuneResult
+from intaglio.passes.tuning import _GENTLE_RATES
 from intaglio.passes.unrounded import UNROUNDED_SHARE, leaves_out, taught_unrounded
 from intaglio.passes.verify import compare
 from tests.models import classifier
@@ -77,6 +78,8 @@ def test_a_low_rank_learns_more_in_floats_first(monkeypatch: pytest.MonkeyPatch)
     assert found.unrounded.improved
     assert found.unrounded.steps + len(found.unrounded.blocks) >= STEPS * UNROUNDED_SHARE * 2 / 3
     assert found.unrounded.after < 0.9 * found.unrounded.before
+    assert (found.steps, found.blocks) == (round(STEPS * (1 - UNROUNDED_SHARE)), ())  # the whole model, gently
+    assert found.rate in _GENTLE_RATES
     facts = report(outcome).tuning
     assert facts is not None
     assert facts.unrounded is not None
@@ -128,6 +131,7 @@ def test_it_is_dropped_where_the_written_model_is_no_better(monkeypatch: pytest.
     assert found.tuning.unrounded is not None
     assert not found.tuning.unrounded.improved
     assert found.tuning.steps == STEPS - STEPS // 3  # all of them, less those of blocks
+    assert found.tuning.rate not in _GENTLE_RATES[:1]
     monkeypatch.setattr(search, "taught_unrounded", lambda *_: None)
     assert found.choose_divergence <= compressed(tune=None).choose_divergence
 

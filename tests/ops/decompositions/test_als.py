@@ -46,8 +46,8 @@ def test_lift_compose_and_pull_are_what_they_stand_for() -> None:
 def test_regression_is_the_least_squares_solution_and_its_nested_parts_too(rank: int, seed: int) -> None:
     metric, weight = moment_of(seed, 1, N).regularized(0.01).matrix[0], doubles(seed + 1, M, N)
     factor = orthonormal(doubles(seed + 2, INNER, INNER))
-    nested = regress(factor, Goal.of(weight, metric)).explained[: rank * POSITIONS]
-    solved = regress(factor[:rank], Goal.of(weight, metric))
+    nested = regress(factor, weight, metric).explained[: rank * POSITIONS]
+    solved = regress(factor[:rank], weight, metric)
     np.testing.assert_allclose(nested.T @ nested, solved.explained.T @ solved.explained, atol=1e-6 * np.square(nested).sum())
     root = np.linalg.cholesky(metric)
     best, *_ = np.linalg.lstsq((prefix(factor[:rank]) @ root).T, (weight @ root).T)
@@ -67,7 +67,7 @@ def test_neither_step_raises_the_error(rank: int, seed: int, rows: int) -> None:
     for _ in range(4):
         factor = update_factor(factor, outputs, Goal.of(weight, metric))
         errors.append(error(weight, factor, outputs, metric))
-        outputs = regress(factor, Goal.of(weight, metric)).outputs()
+        outputs = regress(factor, weight, metric).outputs()
         errors.append(error(weight, factor, outputs, metric))
     assert all(later <= earlier + 1e-6 * total for earlier, later in pairwise(errors))
     assert errors[-1] < errors[0]
@@ -101,7 +101,7 @@ def test_the_start_is_optimal_where_the_metric_is_the_same_at_every_position() -
     tails = np.square(np.linalg.svd(unfolded, compute_uv=False))
     for rank in range(1, INNER + 1):
         factor = start(weight, metric, INNER, rank)
-        measured = error(weight, factor, regress(factor, Goal.of(weight, metric)).outputs(), metric)
+        measured = error(weight, factor, regress(factor, weight, metric).outputs(), metric)
         assert measured == pytest.approx(tails[rank:].sum(), abs=1e-6 * tails.sum())
 
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from intaglio.ops.decompositions import DECOMPOSITIONS, rebuild
-from intaglio.ops.decompositions.als import SWEEPS, Goal, compose, metric_of, regress, start
+from intaglio.ops.decompositions.als import SWEEPS, compose, metric_of, regress, start
 from intaglio.ops.decompositions.joint import agreement, first_order, removals, significant, trusted
 from intaglio.ops.decompositions.lowrank import components, factorize, spectrum
 from intaglio.ops.families import Use
@@ -81,7 +81,7 @@ def test_separable_prices_are_those_of_the_projection(outputs: bool) -> None:
     _, channels, rows, _ = where.view.shape
     for (rank,), changes in zip(ranks, found.T, strict=True):
         factor = start(white, metric, channels * rows, rank)
-        whole = moment.unwhiten(compose(regress(factor, Goal.of(white, metric)).outputs(), factor)[None])
+        whole = moment.unwhiten(compose(regress(factor, white, metric).outputs(), factor)[None])
         assert changes == pytest.approx(brute(weight, whole, gradients), abs=1e-6)  # least squares have a relative ridge of 1e-9
     assert np.abs(found[:, -1]).max() < 1e-6 < np.abs(found[:, 0]).min()  # the full rank changes nothing, the lowest does
 
@@ -95,7 +95,7 @@ def test_tucker_prices_are_those_of_the_projection() -> None:
     found = first_order(tucker, weight, moment, where, ranks, gradients)
     for (inner, outer), changes in zip(ranks, found.T, strict=True):
         factor = start(weight[0], metric, where.view.shape[1], inner)
-        regression = regress(factor, Goal.of(weight[0], metric))
+        regression = regress(factor, weight[0], metric)
         basis = np.linalg.eigh(regression.explained.T @ regression.explained)[1][:, ::-1][:, :outer]
         whole = compose(basis @ (basis.T @ regression.outputs()), factor)[None]
         assert changes == pytest.approx(brute(weight, whole, gradients), abs=1e-6)  # least squares have a relative ridge of 1e-9
