@@ -67,7 +67,7 @@ BUDGETS = {
     "minilm": (
         ("--size", "0.125", "--latency", "0.37"),
         ("--size", "0.25", "--latency", "0.37"),
-        ("--size", "0.155", "--latency", "0.75"),
+        ("--size", "0.2", "--latency", "0.9"),
     ),
     "cifar_vgg16": (("--size", "0.08", "--latency", "0.15"),),
 }
