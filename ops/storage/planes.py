@@ -39,6 +39,12 @@ _COARSER = 1.01
 _SAMPLE = 1 << 20
 """Entries from which the relative steps of channels are chosen."""
 
+_WIDTHS = 8
+"""Steps that are tried for a channel whose largest entries would be clipped."""
+
+_WIDENINGS = 3
+"""How often such channels are looked for: what they save makes the steps of all finer."""
+
 _SHAPES = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.25), (1.0, 0.25), (1.0, 0.5))
 """Relative steps to try: standard deviation of a channel to the first power, its mean importance to minus the second."""
 
@@ -296,9 +302,18 @@ class Planes(Expandable):
         partition = Channels(array.shape, axis)
         values = single(partition.groups(array)[0]).reshape(array.shape[axis], -1)
         weights = None if importance is None else partition.groups(np.broadcast_to(importance, array.shape))[0].reshape(values.shape)
-        relative, step = self._relative_steps(values, weights)
-        limit = largest_of(array.dtype)
-        room, count = 8 * self.capacity(array.shape) - 1, array.size
+        base, step = self._relative_steps(values, weights)
+        relative, step = base, self._fitting(values, base, step, largest_of(array.dtype), self.capacity(array.shape))
+        for _ in range(_WIDENINGS):
+            widened = self._widened(values, weights, base, step)
+            if np.array_equal(widened, relative):
+                break
+            relative, step = widened, self._fitting(values, widened, step, largest_of(array.dtype), self.capacity(array.shape))
+        return self._grid(relative.reshape(partition.scales), step, axis, largest_of(array.dtype))
+
+    def _fitting(self, values: NDArray[np.float32], relative: NDArray[np.float32], step: float, limit: float, capacity: int) -> float:
+        """About the finest common step whose codes fit into so many bytes, from a guess; the last one tried where none was found."""
+        room, count = 8 * capacity - 1, values.size
         rows = relative[:, None]
         best = None
         for _ in range(_ROUNDS):
@@ -310,8 +325,21 @@ class Planes(Expandable):
             step *= 2.0 ** ((used - room) / count + _SLACK / 4)
             if best is not None and step >= best:
                 break
-        chosen = step if best is None else best
-        return self._grid(relative.reshape(partition.scales), chosen, axis, limit)
+        return step if best is None else best
+
+    def _widened(
+        self, values: NDArray[np.float32], weights: NDArray[np.float64] | None, relative: NDArray[np.float32], step: float
+    ) -> NDArray[np.float32]:
+        """Relative steps under which no channel loses more by clipping its largest entries than by a coarser step for the others."""
+        reach = min(self.code.highest, -self.code.lowest)
+        wanted = np.abs(values).max(axis=1) / (reach * step)
+        widened = relative.copy()
+        for i in np.flatnonzero(wanted > relative):
+            trials = np.geomspace(relative[i], wanted[i], _WIDTHS) * step
+            codes = np.clip(np.rint(values[i] / trials[:, None]), -reach, reach)
+            errors = np.square(codes * trials[:, None] - values[i]) @ (np.ones(values.shape[1]) if weights is None else weights[i])
+            widened[i] = trials[int(np.argmin(errors))] / step
+        return widened
 
     def _grid(self, relative: NDArray[np.float32], step: float, axis: int, limit: float) -> Grid:
         """The grid of channels' relative steps times a common one, with no level beyond `limit`: next to it, fewer levels, or 0 alone."""

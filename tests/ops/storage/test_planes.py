@@ -102,6 +102,21 @@ def test_channels_that_differ_get_steps_that_differ() -> None:
     assert error("planes3.0", array) <= 1.05 * one_step  # equal steps are among those tried, on a sample; bfloat16 costs a percent
 
 
+@pytest.mark.parametrize("weighed", [False, True])
+@pytest.mark.parametrize("storage", PLANES, ids=lambda storage: storage.name)
+def test_an_outlier_is_not_clipped(storage: Planes, weighed: bool) -> None:
+    """One entry of a channel is a hundred times as large as the others: it costs that channel a coarse step, and no other."""
+    array = 0.05 * normal(5, 64, 256)
+    array[7, 11] = 6.0
+    importance = np.ones((1, 256))
+    importance[0, 11] = 400
+    grid = storage.grid(array, 0, importance if weighed else None)
+    found = storage.decode(storage.encode(array, 0, importance if weighed else None), Spec(array.shape, array.dtype))
+    assert abs(found[7, 11] - 6) < (0.1 if weighed else 0.5) * 6
+    plain = storage.grid(np.delete(array, 7, 0), 0)
+    np.testing.assert_allclose(np.delete(grid.scale, 7, 0).mean(), plain.scale.mean(), rtol=0.3)
+
+
 def test_small_arrays_have_narrow_starts() -> None:
     storage = BY_NAME["planes3.0"]
     narrow, wide = (storage.layout(Spec((n, 100), np.dtype(np.float32)), 0)[1] for n in (100, 1000))
