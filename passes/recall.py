@@ -21,7 +21,7 @@ from .propose import Allowed, Proposal
 from .sensitivity import Curve, Sensitivity
 from .session import RUNTIME_VERSION
 
-REVISION = 15
+REVISION = 16
 """Counts up whenever proposals or curves come out differently for the same model and data."""
 
 _NAMESPACE = "analysis"

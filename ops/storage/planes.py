@@ -43,7 +43,10 @@ _WIDTHS = 8
 """Steps that are tried for a channel whose largest entries would be clipped."""
 
 _WIDENINGS = 3
-"""How often such channels are looked for: what they save makes the steps of all finer."""
+"""How often what such channels save is spent on finer steps of all."""
+
+_WIDEST = 1e30
+"""Most that a channel's step is widened: float32 holds it still."""
 
 _SHAPES = ((0.0, 0.0), (0.5, 0.0), (1.0, 0.0), (0.5, 0.25), (1.0, 0.25), (1.0, 0.5))
 """Relative steps to try: standard deviation of a channel to the first power, its mean importance to minus the second."""
@@ -303,16 +306,18 @@ class Planes(Expandable):
         values = single(partition.groups(array)[0]).reshape(array.shape[axis], -1)
         weights = None if importance is None else partition.groups(np.broadcast_to(importance, array.shape))[0].reshape(values.shape)
         base, step = self._relative_steps(values, weights)
-        relative, step = base, self._fitting(values, base, step, largest_of(array.dtype), self.capacity(array.shape))
+        limit, capacity = largest_of(array.dtype), self.capacity(array.shape)
+        relative, step = base, self._fitting(values, base, step, limit, capacity)
         for _ in range(_WIDENINGS):
             widened = self._widened(values, weights, base, step)
             if np.array_equal(widened, relative):
                 break
-            relative, step = widened, self._fitting(values, widened, step, largest_of(array.dtype), self.capacity(array.shape))
-        return self._grid(relative.reshape(partition.scales), step, axis, largest_of(array.dtype))
+            relative, step = widened, self._fitting(values, widened, step, limit, capacity)
+        widened = self._widened(values, weights, base, step)  # coarser channels take fewer bits: what fits still does
+        return self._grid(widened.reshape(partition.scales), step, axis, limit)
 
-    def _fitting(self, values: NDArray[np.float32], relative: NDArray[np.float32], step: float, limit: float, capacity: int) -> float:
-        """About the finest common step whose codes fit into so many bytes, from a guess; the last one tried where none was found."""
+    def _fitting(self, values: NDArray[np.float32], relative: NDArray[np.float64], step: float, limit: float, capacity: int) -> float:
+        """About the finest common step whose codes fit into so many bytes, from a guess; the next guess where none was found."""
         room, count = 8 * capacity - 1, values.size
         rows = relative[:, None]
         best = None
@@ -328,22 +333,28 @@ class Planes(Expandable):
         return step if best is None else best
 
     def _widened(
-        self, values: NDArray[np.float32], weights: NDArray[np.float64] | None, relative: NDArray[np.float32], step: float
-    ) -> NDArray[np.float32]:
-        """Relative steps under which no channel loses more by clipping its largest entries than by a coarser step for the others."""
+        self, values: NDArray[np.float32], weights: NDArray[np.float64] | None, relative: NDArray[np.float64], step: float
+    ) -> NDArray[np.float64]:
+        """Relative steps, each the best at a common step of some between the given one and one that clips nothing of its channel."""
         reach = min(self.code.highest, -self.code.lowest)
-        wanted = np.abs(values).max(axis=1) / (reach * step)
+        peaks = np.abs(values).max(axis=1).astype(np.float64)
+        wanted = np.minimum(peaks / max(reach * step, np.finfo(np.float64).tiny), _WIDEST)
         widened = relative.copy()
-        for i in np.flatnonzero(wanted > relative):
-            trials = np.geomspace(relative[i], wanted[i], _WIDTHS) * step
-            codes = np.clip(np.rint(values[i] / trials[:, None]), -reach, reach)
-            errors = np.square(codes * trials[:, None] - values[i]) @ (np.ones(values.shape[1]) if weights is None else weights[i])
-            widened[i] = trials[int(np.argmin(errors))] / step
+        for i in np.flatnonzero((wanted > relative) & (relative > 0)):
+            counts = np.ones(values.shape[1]) if weights is None else weights[i]
+            trials = np.geomspace(relative[i], wanted[i], _WIDTHS)
+            widened[i] = min(trials, key=lambda trial: self._loss(values[i], trial * step, counts))
         return widened
 
-    def _grid(self, relative: NDArray[np.float32], step: float, axis: int, limit: float) -> Grid:
+    def _loss(self, values: NDArray[np.float32], step: float, weights: NDArray[np.float64]) -> float:
+        """Weighted squared error of one channel at a step."""
+        reach = min(self.code.highest, -self.code.lowest)
+        codes = np.clip(np.rint(values / np.float64(step)), -reach, reach)
+        return float(np.square(codes * step - values) @ weights)
+
+    def _grid(self, relative: NDArray[np.float64], step: float, axis: int, limit: float) -> Grid:
         """The grid of channels' relative steps times a common one, with no level beyond `limit`: next to it, fewer levels, or 0 alone."""
-        stored = np.clip(relative.astype(np.float64) * step, SMALLEST, LARGEST / 2).astype(BFLOAT16)
+        stored = np.clip(relative * step, SMALLEST, LARGEST / 2).astype(BFLOAT16)
         scale = stored.astype(np.float32)
         top = int(min(limit / float(relative.max()) / step, limit / float(scale.max())))
         levels = max(self.code.lowest, -top), min(self.code.highest, top)
@@ -356,7 +367,7 @@ class Planes(Expandable):
             lambda: self._grid(relative, step * _COARSER, axis, limit),
         )
 
-    def _relative_steps(self, values: NDArray[np.float32], weights: NDArray[np.float64] | None) -> tuple[NDArray[np.float32], float]:
+    def _relative_steps(self, values: NDArray[np.float32], weights: NDArray[np.float64] | None) -> tuple[NDArray[np.float64], float]:
         """The best of `_SHAPES` for channels (c, entries), at most 1, and the common step that goes with it."""
         peak = float(np.abs(values).max()) or 1.0
         spread = np.sqrt(np.einsum("ij,ij->i", values / peak, values / peak, dtype=np.float64) / values.shape[1])
@@ -372,7 +383,7 @@ class Planes(Expandable):
             error, step = self._finest(sample, relative[rows], share)
             trials.append((error, step, relative))
         _, step, relative = min(trials, key=lambda trial: trial[0])
-        return relative.astype(np.float32), step * peak
+        return relative.astype(np.float32).astype(np.float64), step * peak
 
     @staticmethod
     def _sample(shape: tuple[int, ...]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -65,7 +65,7 @@ def test_codes_that_do_not_fit_are_refused_until_the_grid_is_coarse_enough() -> 
 
 
 @pytest.mark.parametrize("storage", PLANES, ids=lambda s: s.name)
-@pytest.mark.parametrize("tails", [2, 3, 100])
+@pytest.mark.parametrize("tails", [5, 100])
 def test_the_capacity_is_used(storage: Planes, tails: int) -> None:
     array = np.random.default_rng(2).standard_t(tails, (16, 2048)).astype(np.float32)
     packed = storage.encode(array, 0)
@@ -104,8 +104,8 @@ def test_channels_that_differ_get_steps_that_differ() -> None:
 
 @pytest.mark.parametrize("weighed", [False, True])
 @pytest.mark.parametrize("storage", PLANES, ids=lambda storage: storage.name)
-def test_an_outlier_is_not_clipped(storage: Planes, weighed: bool) -> None:
-    """One entry of a channel is a hundred times as large as the others: it costs that channel a coarse step, and no other."""
+def test_an_outlier_costs_its_channel_a_coarse_step_and_no_other(storage: Planes, weighed: bool) -> None:
+    """One entry is a hundred times as large as the others."""
     array = 0.05 * normal(5, 64, 256)
     array[7, 11] = 6.0
     importance = np.ones((1, 256))
@@ -113,8 +113,27 @@ def test_an_outlier_is_not_clipped(storage: Planes, weighed: bool) -> None:
     grid = storage.grid(array, 0, importance if weighed else None)
     found = storage.decode(storage.encode(array, 0, importance if weighed else None), Spec(array.shape, array.dtype))
     assert abs(found[7, 11] - 6) < (0.1 if weighed else 0.5) * 6
-    plain = storage.grid(np.delete(array, 7, 0), 0)
-    np.testing.assert_allclose(np.delete(grid.scale, 7, 0).mean(), plain.scale.mean(), rtol=0.3)
+    others = np.delete(np.arange(64), 7)
+    plain = storage.grid(array[others], 0, importance if weighed else None)
+    np.testing.assert_allclose(grid.scale[others], plain.scale, rtol=0.15)
+
+
+@pytest.mark.parametrize("storage", PLANES, ids=lambda storage: storage.name)
+@pytest.mark.parametrize("outliers", ["one input", "few entries"])
+def test_outliers_in_every_channel_are_not_clipped(storage: Planes, outliers: str) -> None:
+    array = 0.05 * normal(5, 64, 256)
+    if outliers == "one input":
+        array[:, 11] = 6.0
+    else:
+        array *= np.random.default_rng(0).random(array.shape) < 0.05
+    assert error(storage.name, array) < 0.05 * np.square(array).mean()
+
+
+@pytest.mark.parametrize("storage", PLANES, ids=lambda storage: storage.name)
+def test_heavy_tails_are_not_clipped_either(storage: Planes) -> None:
+    """Capacity is left over then: finer steps would end before the largest entries."""
+    array = np.random.default_rng(2).standard_t(2, (16, 2048)).astype(np.float32)
+    assert error(storage.name, array) < 0.15 * np.square(array).mean()
 
 
 def test_small_arrays_have_narrow_starts() -> None:
