@@ -25,7 +25,7 @@ from intaglio.ops.emit import Emitter, Spec, Target
 from intaglio.ops.form import PRUNED, UNCHANGED, Form
 from intaglio.ops.moment import Moment
 from intaglio.ops.rounding import Rounding
-from intaglio.ops.storage import STORAGES, ScalarStorage, is_scalar, is_tabular, limited, readers, requantized
+from intaglio.ops.storage import STORAGES, is_scalar, is_tabular, limited, readers, requantized
 from intaglio.ops.storage.sparse import Sparse
 
 from .fit import compensation_gain, fit_factors, form_error, importance, storage_gain, table_gain, uncorrected_share
@@ -254,7 +254,7 @@ def _rounding_errors(
             continue
         if is_tabular(storage) and (stand_in := _GAIN_STORAGES[name]) not in of_tables:
             of_tables[stand_in] = table_gain(STORAGES[stand_in], site, value, weight, moment)
-        if isinstance(storage, Sparse) or (is_scalar(storage) and _is_coarse(storage)):
+        if isinstance(storage, Sparse) or _is_coarse(name):
             gain = storage_gain(storage, site, weight, moment)
         else:
             gain = uniform if is_scalar(storage) else of_tables[_GAIN_STORAGES[name]] if is_tabular(storage) else 1.0
@@ -266,8 +266,11 @@ def _rounding_errors(
 
 
 @cache
-def _is_coarse(storage: ScalarStorage) -> bool:
-    """Whether most codes lie at the ends of their grid."""
+def _is_coarse(name: str) -> bool:
+    """Whether a storage's values lie on a uniform grid of so few codes that most are at its ends."""
+    storage = STORAGES[name]
+    if not is_scalar(storage):
+        return False
     grid = storage.grid(np.zeros((1, 1), np.float32), 0)
     return grid.highest - grid.lowest < _COARSE_CODES
 
