@@ -52,30 +52,6 @@ def pull(outputs: Float64, image: Float64, rank: int) -> Float64:
     return np.asarray(np.tensordot(folded, image.reshape(m, -1, folded.shape[2]), axes=((0, 2), (0, 2))), np.float64)
 
 
-@dataclass(frozen=True, eq=False)
-class Goal:
-    """What is factored, and in which metric.
-
-    Attributes:
-        weight: W, (m, n).
-        metric: A, (n, n).
-        image: W·A, (m, n): the same in every sweep.
-    """
-
-    weight: Float64
-    metric: Float64
-    image: Float64
-
-    @staticmethod
-    def of(weight: Float64, metric: Float64) -> Goal:
-        """The goal W in the metric A."""
-        return Goal(weight, metric, weight @ metric)
-
-    def mixed(self, outputs: Float64) -> Goal:
-        """Uᵀ·W in the same metric, for outputs U (m, k)."""
-        return Goal(outputs.T @ self.weight, self.metric, outputs.T @ self.image)
-
-
 def start(weight: Float64, metric: Float64, inner: int, rank: int) -> Float64:
     """V (rank, inner) with orthonormal rows: the best low-rank factor in the mean metric when each position is an output.
 
@@ -124,28 +100,30 @@ def regress(factor: Float64, weight: Float64, metric: Float64) -> Regression:
     return Regression(root, solve_lower(root, image @ weight.T))
 
 
-def update_factor(factor: Float64, outputs: Float64, goal: Goal) -> Float64:
+def update_factor(factor: Float64, outputs: Float64, weight: Float64, metric: Float64) -> Float64:
     """Conjugate gradients on ‖(W − U·P)A½‖² over V, from the given V.
 
-    The gradient is the adjoint of W·A, less that of U·P·A. The latter is told by UᵀU and P·A too, which costs less than U·P times A where V
-    has fewer rows than U.
+    What a step does to the gradient is the adjoint of U·P·A. UᵀU and P·A tell it too, which costs less than U·P times A where V has fewer
+    rows than U. The gradient itself is that of the difference: differences of products would leave noise where that is nearly zero.
 
     Args:
         factor: V, (r, inner).
         outputs: U, (m, r·positions).
-        goal: W and A.
+        weight: W, (m, n).
+        metric: A, (n, n).
     """
-    rank, (m, mixed), n = len(factor), outputs.shape, len(goal.metric)
+    rank, (m, mixed), n = len(factor), outputs.shape, len(metric)
     gram = outputs.T @ outputs if rank * (n + mixed) < m * (n + 2 * rank) else None
 
     def curved(direction: Float64) -> Float64:
         if gram is None:
-            return pull(outputs, compose(outputs, direction) @ goal.metric, rank)
-        return pull(gram, lift(direction, goal.metric), rank)
+            return pull(outputs, compose(outputs, direction) @ metric, rank)
+        return pull(gram, lift(direction, metric), rank)
 
-    aim = pull(outputs, goal.image, rank)
-    residual = aim - curved(factor)
-    error = float(np.vdot(goal.image, goal.weight) - np.vdot(factor, aim + residual))
+    difference = weight - compose(outputs, factor)
+    image = difference @ metric
+    error = float(np.vdot(image, difference))
+    residual = pull(outputs, image, rank)
     direction, energy = residual, float(np.vdot(residual, residual))
     for _ in range(STEPS):
         image = curved(direction)

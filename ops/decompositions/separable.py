@@ -16,7 +16,7 @@ from ..emit import Emitter
 from ..families import Use
 from ..moment import Moment
 from ..view import MatrixView
-from .als import SWEEPS, Goal, metric_of, orthonormal, regress, start, update_factor
+from .als import SWEEPS, metric_of, orthonormal, regress, start, update_factor
 from .base import RIDGE, Ranks, Shape, UniformFactors, rank_grid
 from .linalg import Float64, balance
 
@@ -70,12 +70,12 @@ class Separable(UniformFactors):
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Alternating least squares from the weighted SVD."""
         metric, (m, c, rows, _) = metric_of(moment.regularized(RIDGE)), use.view.shape
-        goal = Goal.of(moment.whiten(weight)[0], metric)
-        factor = start(goal.weight, metric, c * rows, ranks[0])
-        outputs = regress(factor, goal.weight, goal.metric).outputs()
+        weight = moment.whiten(weight)
+        factor = start(weight[0], metric, c * rows, ranks[0])
+        outputs = regress(factor, weight[0], metric).outputs()
         for _ in range(SWEEPS):
-            factor = orthonormal(update_factor(factor, outputs, goal))
-            outputs = regress(factor, goal.weight, goal.metric).outputs()
+            factor = orthonormal(update_factor(factor, outputs, weight[0], metric))
+            outputs = regress(factor, weight[0], metric).outputs()
         outputs = moment.unwhiten(outputs[None])[0]
         shapes = self.shapes(use, ranks)
         scale = balance(np.linalg.norm(factor, axis=1), np.linalg.norm(outputs.reshape(m, ranks[0], -1), axis=(0, 2)))

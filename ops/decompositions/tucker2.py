@@ -17,7 +17,7 @@ from ..families import Use
 from ..families.conv import CONV, GEOMETRY
 from ..moment import Moment
 from ..view import MatrixView
-from .als import SWEEPS, Goal, Regression, compose, metric_of, orthonormal, regress, start, update_factor
+from .als import SWEEPS, Regression, compose, metric_of, orthonormal, regress, start, update_factor
 from .base import RIDGE, Ranks, Shape, UniformFactors, rank_grid
 from .linalg import Float64, balance
 
@@ -86,12 +86,12 @@ class Tucker2(UniformFactors):
 
     def fit(self, weight: Float64, moment: Moment, use: Use, ranks: Ranks) -> tuple[Float64, ...]:
         """Alternating least squares: (U, G) in closed form, V by conjugate gradients."""
-        goal = Goal.of(moment.whiten(weight)[0], metric_of(moment.regularized(RIDGE)))
-        factor = start(goal.weight, goal.metric, use.view.shape[1], ranks[0])
-        outputs, core = _reduced(regress(factor, goal.weight, goal.metric), ranks[1])
+        metric, weight = metric_of(moment.regularized(RIDGE)), moment.whiten(weight)
+        factor = start(weight[0], metric, use.view.shape[1], ranks[0])
+        outputs, core = _reduced(regress(factor, weight[0], metric), ranks[1])
         for _ in range(SWEEPS):
-            factor = orthonormal(update_factor(factor, core, goal.mixed(outputs)))
-            outputs, core = _reduced(regress(factor, goal.weight, goal.metric), ranks[1])
+            factor = orthonormal(update_factor(factor, core, outputs.T @ weight[0], metric))
+            outputs, core = _reduced(regress(factor, weight[0], metric), ranks[1])
         outputs = moment.unwhiten(outputs[None])[0]
         scale = balance(np.linalg.norm(core, axis=1), np.linalg.norm(outputs, axis=0))
         shapes = self.shapes(use, ranks)

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from intaglio.ops.decompositions.als import Goal, compose, lift, metric_of, orthonormal, pull, regress, start, update_factor
+from intaglio.ops.decompositions.als import compose, lift, metric_of, orthonormal, pull, regress, start, update_factor
 from intaglio.ops.decompositions.linalg import balance, lower_root
 from intaglio.ops.moment import Moment
 from tests.ops.running import Array, moment_of, normal
@@ -65,7 +65,7 @@ def test_neither_step_raises_the_error(rank: int, seed: int, rows: int) -> None:
     total = float(np.trace(weight @ metric @ weight.T))
     errors = [error(weight, factor, outputs, metric)]
     for _ in range(4):
-        factor = update_factor(factor, outputs, Goal.of(weight, metric))
+        factor = update_factor(factor, outputs, weight, metric)
         errors.append(error(weight, factor, outputs, metric))
         outputs = regress(factor, weight, metric).outputs()
         errors.append(error(weight, factor, outputs, metric))
@@ -79,7 +79,7 @@ def test_enough_steps_solve_for_the_factor(monkeypatch: pytest.MonkeyPatch) -> N
     )  # conjugate directions: as many as there are unknowns, and some for rounding
     monkeypatch.setattr("intaglio.ops.decompositions.als.NEGLIGIBLE", 1e-16)
     metric, weight, outputs = moment_of(5, 1, N).matrix[0], doubles(6, M, N), doubles(7, M, 2 * POSITIONS)
-    factor = update_factor(doubles(8, 2, INNER), outputs, Goal.of(weight, metric))
+    factor = update_factor(doubles(8, 2, INNER), outputs, weight, metric)
     root = np.linalg.cholesky(metric)
     columns = [(compose(outputs, unit.reshape(2, INNER)) @ root).reshape(-1) for unit in np.eye(2 * INNER)]
     best, *_ = np.linalg.lstsq(np.stack(columns, 1), (weight @ root).reshape(-1))
