@@ -282,6 +282,11 @@ class Planes(Expandable):
         """Arrays with at least one axis and one entry."""
         return refusal(array)
 
+    @property
+    def _reach(self) -> int:
+        """The largest code that exists with either sign."""
+        return min(self.code.highest, -self.code.lowest)
+
     def capacity(self, shape: tuple[int, ...]) -> int:
         """Bytes of the planes of an array."""
         return int(np.ceil(self.rate * int(np.prod(shape)) / 8))
@@ -336,9 +341,8 @@ class Planes(Expandable):
         self, values: NDArray[np.float32], weights: NDArray[np.float64] | None, relative: NDArray[np.float64], step: float
     ) -> NDArray[np.float64]:
         """Relative steps, each the best at a common step of some between the given one and one that clips nothing of its channel."""
-        reach = min(self.code.highest, -self.code.lowest)
         peaks = np.abs(values).max(axis=1).astype(np.float64)
-        wanted = np.minimum(peaks / max(reach * step, np.finfo(np.float64).tiny), _WIDEST)
+        wanted = np.minimum(peaks / max(self._reach * step, np.finfo(np.float64).tiny), _WIDEST)
         widened = relative.copy()
         for i in np.flatnonzero((wanted > relative) & (relative > 0)):
             counts = np.ones(values.shape[1]) if weights is None else weights[i]
@@ -348,8 +352,7 @@ class Planes(Expandable):
 
     def _loss(self, values: NDArray[np.float32], step: float, weights: NDArray[np.float64]) -> float:
         """Weighted squared error of one channel at a step."""
-        reach = min(self.code.highest, -self.code.lowest)
-        codes = np.clip(np.rint(values / np.float64(step)), -reach, reach)
+        codes = np.clip(np.rint(values / np.float64(step)), -self._reach, self._reach)
         return float(np.square(codes * step - values) @ weights)
 
     def _grid(self, relative: NDArray[np.float64], step: float, axis: int, limit: float) -> Grid:
@@ -401,7 +404,7 @@ class Planes(Expandable):
         places = np.minimum(scaled / unit, 1 << 14).astype(np.int64)
         counts = np.bincount(places)
         middles = np.arange(len(counts)) * unit + unit / 2
-        size = min(self.code.highest, -self.code.lowest)
+        size = self._reach
         ahead = np.arange(size + 1)
         mean_lengths = (self.code.lengths[ahead - self.code.lowest] + self.code.lengths[-ahead - self.code.lowest]) / 2
         low, high = unit, unit * (1 << 14)
