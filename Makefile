@@ -19,9 +19,10 @@ help:
 demo: $(VENV)/examples.stamp
 	$(RUN) examples/digits/demo.py
 
-# One BLAS thread: OpenBLAS waits actively, so its threads and ONNX Runtime's slow each other down where cores are few.
+# One BLAS thread: OpenBLAS waits actively, so its threads and ONNX Runtime's slow each other down where cores are few. The tests of a file
+# share what they prepare, so they stay together.
 test: $(VENV)/test.stamp
-	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest
+	OPENBLAS_NUM_THREADS=1 $(RUN) -m pytest --numprocesses auto --maxprocesses 8 --dist loadfile
 
 lint: $(VENV)/dev.stamp
 	$(RUN) -m ruff check
