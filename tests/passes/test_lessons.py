@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
+from typing import Any
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 from intaglio.passes import lessons as module
+from intaglio.passes.execute import Executor
 from intaglio.passes.job import Job, Settings, open_job
 from intaglio.passes.lessons import Lessons
 from tests.models import classifier, normal, parse, run
@@ -57,11 +62,37 @@ def test_answers_are_the_original_models_kept_or_not() -> None:
             np.testing.assert_allclose(lesson.answers["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_changed_batches_are_shown_again_before_samples_are_changed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original is asked once for both showings, whose order differs."""
+    course = Lessons(job(), ["logits"], 16, ("flip",))
+    asked = 0
+    run_feed = Executor.run_feed
+
+    def counted(self: Executor, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        nonlocal asked
+        asked += 1
+        return run_feed(self, feed)
+
+    monkeypatch.setattr(Executor, "run_feed", counted)
+    epochs = [[course.at(epoch * course.epoch + step)[0] for step in range(course.epoch)] for epoch in range(module.SHOWINGS + 1)]
+    assert asked == 2 * course.epoch
+    shown = [[lesson.feed["x"].tobytes() for lesson in epoch] for epoch in epochs]
+    assert sorted(shown[0]) == sorted(shown[1])
+    assert shown[0] != shown[1]
+    assert set(shown[0]).isdisjoint(shown[2])
+    for first in epochs[0]:
+        again = epochs[1][shown[1].index(first.feed["x"].tobytes())]
+        np.testing.assert_array_equal(first.answers["logits"], again.answers["logits"])
+
+
 def test_answers_that_do_not_fit_in_memory_are_asked_for_again(monkeypatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 100)
     course = Lessons(job(), ["logits"], 16)
     np.testing.assert_array_equal(course.at(0)[0].answers["logits"], course.at(0)[0].answers["logits"])
     assert course._kept is None
+    changed = Lessons(job(), ["logits"], 16, ("flip",))
+    np.testing.assert_array_equal(changed.at(0)[0].answers["logits"], changed.at(0)[0].answers["logits"])
+    assert not changed._changed
 
 
 def test_a_batch_holds_samples_of_one_length_without_their_padding() -> None:
