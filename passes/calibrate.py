@@ -273,13 +273,13 @@ class _Sums:
                 self.total = self.total + np.bincount(index, minlength=view.n).astype(np.float64)[None]
                 self.rows += size
                 return
-            self.total = self.total + total.astype(np.float64).reshape(view.groups, view.n, view.n)
+            self.total = _added(self.total, total.reshape(view.groups, view.n, view.n))
             self.rows += size // (view.groups * view.n)
             if names.sums is not None:
-                self.inputs = self.inputs + values[names.sums].astype(np.float64).reshape(view.groups, view.n)
+                self.inputs = _added(self.inputs, values[names.sums].reshape(view.groups, view.n))
             if names.cross is not None and names.reference is not None:
-                self.cross = self.cross + values[names.cross].astype(np.float64).reshape(view.groups, -1, view.n)
-                self.reference = self.reference + values[names.reference].astype(np.float64).reshape(view.groups, -1)
+                self.cross = _added(self.cross, values[names.cross].reshape(view.groups, -1, view.n))
+                self.reference = _added(self.reference, values[names.reference].reshape(view.groups, -1))
 
     def moment(self, site: Site) -> Moment:
         """The second moment; an isotropic one where there is none that is finite."""
@@ -295,6 +295,13 @@ class _Sums:
         """The inputs and the reference's."""
         rows = max(1, self.rows)
         return Pair(self.moment(site), np.asarray(self.cross / rows), np.asarray(self.reference / rows))
+
+
+def _added(total: NDArray[Any] | float, part: NDArray[Any]) -> NDArray[Any]:
+    """A float64 sum with a part added: in its own memory, once there is some, for the largest moments fill hundreds of megabytes."""
+    if isinstance(total, float):
+        return part.astype(np.float64)
+    return np.asarray(np.add(total, part, out=total))
 
 
 class _Summing:

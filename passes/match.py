@@ -81,14 +81,24 @@ def pooled_moment(folds: Sequence[Pair]) -> Moment:
 def _mean(folds: Sequence[Pair], arrays: Iterable[Float64]) -> Float64:
     """Of arrays that belong to the folds, each with the weight of its fold's rows."""
     rows = [fold.moment.rows for fold in folds]
-    return np.asarray(sum(count / sum(rows) * array for count, array in zip(rows, arrays, strict=True)))
+    parts = (count / sum(rows) * array for count, array in zip(rows, arrays, strict=True))
+    total = next(parts)
+    for part in parts:
+        total += part
+    return total
 
 
 def centred(pair: Pair) -> Pair:
     """The same of inputs whose means are taken away: covariances, and means of zero."""
     center = _center(pair)
-    moment = replace(pair.moment, matrix=pair.moment.matrix - center[:, :, None] * center[:, None, :], mean=np.zeros_like(center))
-    return Pair(moment, pair.cross - pair.mean[:, :, None] * center[:, None, :], np.zeros_like(pair.mean))
+    moment = replace(pair.moment, matrix=_less_outer(pair.moment.matrix, center, center), mean=np.zeros_like(center))
+    return Pair(moment, _less_outer(pair.cross, pair.mean, center), np.zeros_like(pair.mean))
+
+
+def _less_outer(matrix: Float64, left: Float64, right: Float64) -> Float64:
+    """(groups, p, n) − left·rightᵀ; such matrices fill hundreds of megabytes, so only one is allocated."""
+    found = left[:, :, None] * right[:, None, :]
+    return np.subtract(matrix, found, out=found)
 
 
 def matched(
