@@ -65,9 +65,9 @@ BUDGETS = {
     "cifar_resnet": (("--size", "0.11", "--latency", "0.28"), ("--size", "0.2", "--latency", "0.275")),
     "squeezenet": (("--size", "0.1666", "--latency", "0.48"), ("--size", "0.22", "--latency", "0.46")),
     "minilm": (
-        ("--size", "0.125", "--latency", "0.385"),
-        ("--size", "0.25", "--latency", "0.385"),
-        ("--size", "0.158", "--latency", "0.9"),
+        ("--size", "0.125", "--latency", "0.4"),
+        ("--size", "0.25", "--latency", "0.4"),
+        ("--size", "0.158", "--latency", "0.95"),
         ("--size", "0.2", "--latency", "0.9"),
     ),
     "cifar_vgg16": (("--size", "0.08", "--latency", "0.15"),),
