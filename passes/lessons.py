@@ -2,8 +2,8 @@
 
 Batches are drawn without replacement, epoch by epoch, from samples of equal shapes. They follow from the seed and the number of the step
 alone, so training can be resumed anywhere. The original model is run once per sample and its outputs are kept, unless they do not fit in
-memory, or do not have one row per sample. Where samples are changed at random, it is run once per changed batch, which is shown `SHOWINGS`
-times.
+memory, or do not have one row per sample. Where samples are changed at random, each changed batch is shown `SHOWINGS` times, and the
+original is run once for these as far as its outputs fit in memory.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Lessons:
             indices = self._dealt(epoch)[place]
             feed = joined_feed(self._data, indices)
             return Lesson(feed, self._answers(indices, feed), indices)
-        showing = epoch % SHOWINGS
+        showing = epoch % SHOWINGS if self.epoch >= self.runs else 0  # no step holds a batch twice
         first = epoch - showing
         if showing:
             place = int(np.random.default_rng((self._seed, 6, epoch)).permutation(self.epoch)[place])
@@ -109,7 +109,7 @@ class Lessons:
         return Lesson(changed, self._answers_to_changed(number, changed), indices)
 
     def _dealt(self, epoch: int) -> list[NDArray[np.int64]]:
-        """The batches of an epoch."""
+        """The batches of an epoch; answers that were kept for those of another one are forgotten."""
         if self._batches[0] != epoch:
             self._batches = epoch, self._shuffled(epoch)
             self._changed, self._changed_bytes = {}, 0
