@@ -30,6 +30,9 @@ STEPS = 150
 SIZE = 0.2
 LOW = Form("lowrank", (4,), "int4", "contract")
 
+LAST_BITS = 1e-5
+"""How far the divergences of equal models may be apart: sums of floats depend on where arrays lie in memory, and on who shares the cores."""
+
 
 @pytest.fixture(autouse=True)
 def _untimed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +136,7 @@ def test_it_is_dropped_where_the_written_model_is_no_better(monkeypatch: pytest.
     assert found.tuning.steps == STEPS - STEPS // 3  # all of them, less those of blocks
     assert found.tuning.rate not in _GENTLE_RATES[:1]
     monkeypatch.setattr(search, "taught_unrounded", lambda *_: None)
-    assert found.choose_divergence <= compressed(tune=None).choose_divergence
+    assert found.choose_divergence <= (1 + LAST_BITS) * compressed(tune=None).choose_divergence
 
 
 class Once:
@@ -160,7 +163,7 @@ def test_an_interrupt_ends_tuning_with_what_there_is(what: str, after: int) -> N
     assert outcome.tuning.interrupted
     assert outcome.tuning.steps == 0
     assert outcome.size_bytes <= SIZE * outcome.job.original.size_bytes
-    assert outcome.choose_divergence <= compressed(tune=None).choose_divergence
+    assert outcome.choose_divergence <= (1 + LAST_BITS) * compressed(tune=None).choose_divergence
 
 
 def test_an_interrupt_while_it_is_rounded_keeps_the_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -172,4 +175,4 @@ def test_an_interrupt_while_it_is_rounded_keeps_the_attempt(monkeypatch: pytest.
     assert outcome.tuning is not None
     assert outcome.tuning.interrupted
     assert not outcome.tuning.improved
-    assert outcome.choose_divergence == pytest.approx(compressed(tune=None).choose_divergence, rel=1e-5)
+    assert outcome.choose_divergence == pytest.approx(compressed(tune=None).choose_divergence, rel=LAST_BITS)
