@@ -9,6 +9,7 @@ standard error of the difference to the original.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -57,19 +58,23 @@ def main(
     title = f"{model}: loss {original.loss:.4f}, {settings.metric} {original.score:.2f}"
     table = Table("size", "way", "file", "loss", "metric", "linear", "quadratic", title=title)
 
+    def add(*cells: str) -> None:
+        table.add_row(*cells)
+        print("  ".join(cells), file=sys.stderr)  # what is done is not lost if the rest is stopped
+
     def row(size: str, way: str, found: Attempt | None) -> None:
         if found is None:
-            table.add_row(size, way, "infeasible")
+            add(size, way, "infeasible")
             return
         now = stand(judge, found.model, indices)
         loss, metric = loss_change(original, now), gain(judge, original, now)
         share = job.sizes().total(found.plan.forms) / job.original.size_bytes
         parts = f"{found.plan.linear:+.4f}", f"{found.plan.divergence:.4f}"
-        table.add_row(size, way, f"{share:.3f}", f"{loss.mean:+.4f} ± {loss.error:.4f}", f"{metric.mean:+.2f} ± {metric.error:.2f}", *parts)
+        add(size, way, f"{share:.3f}", f"{loss.mean:+.4f} ± {loss.error:.4f}", f"{metric.mean:+.2f} ± {metric.error:.2f}", *parts)
 
     search = Search.begin(job_with_more_judges(job), silent)
     plain, joint = search.labels(None), search.labels(search.gradients(None))
-    one_sided = replace(search, job=replace(search.job, settings=replace(settings, curvature="input")))
+    one_sided = replace(search, job=replace(search.job, settings=replace(search.job.settings, curvature="input")))
     inputs = one_sided.labels(None)
     blind = replace(one_sided, cache=Cache(None))
     with _energy_only():
