@@ -31,7 +31,7 @@ SIZE = 0.2
 LOW = Form("lowrank", (4,), "int4", "contract")
 
 LAST_BITS = 1e-5
-"""How far the divergences of equal models may be apart: sums of floats depend on where arrays lie in memory, and on who shares the cores."""
+"""How far divergences of equal models may be apart: sums of floats depend on where arrays lie in memory, and on who shares the cores."""
 
 
 @pytest.fixture(autouse=True)
