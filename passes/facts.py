@@ -17,6 +17,7 @@ from intaglio.ops.form import Form
 from .canonicalize import Report as CanonicalReport
 from .latency import PairedLatency
 from .loading import Loading
+from .margins import Margin
 from .model import Model
 from .rounds import Round
 from .task import Change, TaskOutcome
@@ -398,6 +399,7 @@ class Report:
         tuning: None where it was not asked for.
         rounds: those before the last.
         solver: None for a plan that was edited by hand.
+        margins: what a tenth more of each budget is predicted to buy.
         data: which samples served what.
         statistics: convolutions whose statistics are sampled.
         canonicalization: what was simplified before.
@@ -424,6 +426,7 @@ class Report:
     tuning: TuningFacts | None
     rounds: tuple[RoundFacts, ...]
     solver: SolverFacts | None
+    margins: tuple[Margin, ...]
     data: DataFacts
     statistics: tuple[SampledFacts, ...]
     canonicalization: CanonicalReport

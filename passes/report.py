@@ -1,7 +1,7 @@
 """What a run did: the facts of an outcome, gathered for `report.json`.
 
-Everything is taken from the outcome; nothing is measured again except the latency of single sites, which comes from the cache
-where the plan was priced with it.
+Everything is taken from the outcome, or solved for; nothing is measured again except the latency of single sites, which comes from the
+cache where the plan was priced with it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from .facts import (
 from .job import Job
 from .latency import MicroBench
 from .load import load
+from .margins import margins
 from .partners import partners_of
 from .pipeline import Outcome
 from .plan import Candidate, Plan
@@ -113,6 +114,7 @@ def report(outcome: Outcome) -> Report:
         solver=None
         if solution is None
         else SolverFacts(solution.status, solution.objective, solution.bound, solution.gap, solution.seconds, solution.candidates),
+        margins=margins(plan),
         data=DataFacts(job.settings.seed, len(job.splits.fit), len(job.splits.choose), len(job.splits.verify), job.data.synthetic),
         statistics=sampled_sites(job),
         canonicalization=job.canonicalization,

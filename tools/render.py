@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -10,6 +12,7 @@ from intaglio.ops.form import UNCHANGED, Form
 from intaglio.passes.facts import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts, TuningFacts
 from intaglio.passes.inspect import Inspection
 from intaglio.passes.judge import Benchmark, Verdict
+from intaglio.passes.margins import Margin, margins
 from intaglio.passes.plan import Plan
 
 NONE = "–"
@@ -61,7 +64,7 @@ def plan_table(plan: Plan) -> RenderableType:
         saved = NONE if candidate is None else size_text(-candidate.size_bytes)
         divergence = NONE if candidate is None else f"{candidate.divergence:.2g}"
         sites.add_row(name, form_text(form), saved, divergence)
-    return Group(totals, sites)
+    return Group(totals, sites, *margin_lines(margins(plan)))
 
 
 def inspection(found: Inspection) -> RenderableType:
@@ -199,7 +202,22 @@ def _totals(report: Report) -> str:
         lines.append(_tuning_line(report.tuning))
     if report.solver is not None:
         lines.append(f"The choice is {report.solver.status} within {report.solver.gap:.1g} of the best possible.")
+    lines += margin_lines(report.margins)
     return "\n".join(lines)
+
+
+def margin_lines(found: Sequence[Margin]) -> list[str]:
+    """What a little more of each budget would buy; nothing where no budget limits the plan."""
+    if not found:
+        return []
+    names = {"size": "size", "latency": "latency", "error": "divergence"}
+    offers = [f"{each.factor - 1:.0%} more {names[each.budget]}: {names[each.minimized]} {_lower(each.ratio)}" for each in found]
+    return [f"Predicted, of what it takes: {'; '.join(offers)}."]
+
+
+def _lower(ratio: float) -> str:
+    """A ratio below 1 in words."""
+    return "as it is" if ratio > 0.995 else f"{1 - ratio:.0%} lower"
 
 
 def _tuning_line(found: TuningFacts) -> str:

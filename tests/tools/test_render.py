@@ -8,6 +8,7 @@ from rich.console import Console
 
 from intaglio.passes.canonicalize import Report as Canonicalization
 from intaglio.passes.facts import DataFacts, DivergenceFacts, FileFacts, LatencyFacts, Report, SizeFacts
+from intaglio.passes.margins import Margin
 from intaglio.tools.render import compression
 
 REPORT = Report(
@@ -25,6 +26,7 @@ REPORT = Report(
     tuning=None,
     rounds=(),
     solver=None,
+    margins=(),
     data=DataFacts(0, 16, 16, 16, False),
     statistics=(),
     canonicalization=Canonicalization(False, "nothing to do", 4, 4, 1000, 1000),
@@ -57,3 +59,10 @@ def test_a_second_measurement_is_told() -> None:
     assert "once more" not in printed(replace(REPORT, latency=once))
     twice = replace(once, ratio=0.48, ratios=(0.512, 0.45))
     assert "measured once more: latency ratios 0.512 and 0.450; both count" in printed(replace(REPORT, latency=twice))
+
+
+def test_what_more_of_a_budget_would_buy_is_told() -> None:
+    assert "more size" not in printed(REPORT)
+    found = (Margin("size", 1.1, "error", 1.0), Margin("latency", 1.1, "error", 0.28))
+    expected = "Predicted, of what it takes: 10% more size: divergence as it is; 10% more latency: divergence 72% lower."
+    assert expected in printed(replace(REPORT, margins=found))
