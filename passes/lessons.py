@@ -1,8 +1,9 @@
 """What a student is shown: batches of samples, and what the original model says about them.
 
 Batches are drawn without replacement, epoch by epoch, from samples of equal shapes. They follow from the seed and the number of the step
-alone, so training can be resumed anywhere. The original model is run once per sample and its outputs are kept, unless samples are changed
-at random, its outputs do not fit in memory, or they do not have one row per sample.
+alone, so training can be resumed anywhere. The original model is run once per sample and its outputs are kept, unless they do not fit in
+memory, or do not have one row per sample. Where samples are changed at random, each changed batch is shown `SHOWINGS` times, and the
+original is run once for these as far as its outputs fit in memory.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from .job import Job
 
 KEPT_BYTES = 1 << 28
 """Most bytes of outputs of the original model that are kept."""
+
+SHOWINGS = 2
+"""Epochs that show the same changed batches before samples are changed anew: asking the original model can take longer than teaching."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -74,7 +78,9 @@ class Lessons:
         self._size = self._data.per_feed or min(most, self._batch)
         self.runs = max(1, round(self._batch / self._size))
         self.epoch = sum(-(-len(group) // self._size) for group in self._groups)
-        self._order: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        self._batches: tuple[int, list[NDArray[np.int64]]] = (-1, [])
+        self._changed: dict[int, tuple[NDArray[Any], ...]] = {}
+        self._changed_bytes = 0
 
     def widest(self, most: int) -> Lesson:
         """A lesson of so many samples that takes the most memory: of those with the largest arrays."""
@@ -89,13 +95,25 @@ class Lessons:
 
     def _lesson(self, number: int) -> Lesson:
         epoch, place = divmod(number, self.epoch)
-        if self._order[0] != epoch:
-            self._order = epoch, self._shuffled(epoch)
-        indices = self._order[1][place]
-        feed = joined_feed(self._data, indices)
-        if self._augmentations:
-            feed = augmented(feed, self._augmentations, np.random.default_rng((self._seed, 2, number)))
-        return Lesson(feed, self._answers(indices, feed), indices)
+        if not self._augmentations:
+            indices = self._dealt(epoch)[place]
+            feed = joined_feed(self._data, indices)
+            return Lesson(feed, self._answers(indices, feed), indices)
+        showing = epoch % SHOWINGS if self.epoch >= self.runs else 0  # no step holds a batch twice
+        first = epoch - showing
+        if showing:
+            place = int(np.random.default_rng((self._seed, 6, epoch)).permutation(self.epoch)[place])
+        indices = self._dealt(first)[place]
+        number = first * self.epoch + place
+        changed = augmented(joined_feed(self._data, indices), self._augmentations, np.random.default_rng((self._seed, 2, number)))
+        return Lesson(changed, self._answers_to_changed(number, changed), indices)
+
+    def _dealt(self, epoch: int) -> list[NDArray[np.int64]]:
+        """The batches of an epoch; answers that were kept for those of another one are forgotten."""
+        if self._batches[0] != epoch:
+            self._batches = epoch, self._shuffled(epoch)
+            self._changed, self._changed_bytes = {}, 0
+        return self._batches[1]
 
     def _shuffled(self, epoch: int) -> list[NDArray[np.int64]]:
         """The batches of an epoch; what a group lacks to fill its last one is drawn from the group again, if it is large enough."""
@@ -116,6 +134,16 @@ class Lessons:
             return dict(zip(self._names, found, strict=True))
         rows = [kept[int(index)] for index in indices]
         return {name: np.concatenate([row[number] for row in rows]) for number, name in enumerate(self._names)}
+
+    def _answers_to_changed(self, number: int, feed: Arrays) -> Arrays:
+        found = self._changed.get(number)
+        if found is None:
+            found = tuple(self._teacher.run_feed(feed))
+            size_bytes = sum(array.nbytes for array in found)
+            if self._changed_bytes + size_bytes <= KEPT_BYTES:
+                self._changed[number] = found
+                self._changed_bytes += size_bytes
+        return dict(zip(self._names, found, strict=True))
 
     def _keep(self, indices: NDArray[np.int64], found: Sequence[NDArray[Any]]) -> None:
         if self._kept is None:

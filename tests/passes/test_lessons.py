@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
+from typing import Any
 
 import numpy as np
+import pytest
+from numpy.typing import NDArray
 
 from intaglio.passes import lessons as module
+from intaglio.passes.execute import Executor
 from intaglio.passes.job import Job, Settings, open_job
-from intaglio.passes.lessons import Lessons
+from intaglio.passes.lessons import Arrays, Lessons
 from tests.models import classifier, normal, parse, run
 
 
@@ -47,6 +52,17 @@ def test_a_step_is_the_same_whatever_was_shown_before() -> None:
     np.testing.assert_array_equal(first.answers["logits"], second.answers["logits"])
 
 
+def test_changed_lessons_are_the_same_from_any_step_on() -> None:
+    """In a second showing too: whoever resumes there has seen no first one."""
+    course = Lessons(job(), ["logits"], 16, ("shift",))
+    forward = [course.at(step)[0] for step in range(4 * course.epoch)]
+    for step in reversed(range(4 * course.epoch)):
+        (lesson,) = Lessons(job(), ["logits"], 16, ("shift",)).at(step)
+        np.testing.assert_array_equal(lesson.indices, forward[step].indices)
+        np.testing.assert_array_equal(lesson.feed["x"], forward[step].feed["x"])
+        np.testing.assert_array_equal(lesson.answers["logits"], forward[step].answers["logits"])
+
+
 def test_answers_are_the_original_models_kept_or_not() -> None:
     """Also of images that were changed at random; rows of another batch agree to float32 sums in another order."""
     kept, changed = Lessons(job(), ["logits", "rc"], 16), Lessons(job(), ["logits"], 16, ("shift",))
@@ -57,11 +73,52 @@ def test_answers_are_the_original_models_kept_or_not() -> None:
             np.testing.assert_allclose(lesson.answers["logits"], expected, rtol=1e-4, atol=1e-4)
 
 
+def test_changed_batches_are_shown_again_before_samples_are_changed_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original is asked once for both showings, whose order differs."""
+    course = Lessons(job(), ["logits"], 16, ("flip",))
+    asked, chances = 0, []
+    run_feed, augmented = Executor.run_feed, module.augmented
+
+    def counted(self: Executor, feed: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        nonlocal asked
+        asked += 1
+        return run_feed(self, feed)
+
+    def noted(feed: Arrays, names: Sequence[str], rng: np.random.Generator) -> Arrays:
+        chances.append(str(rng.bit_generator.state))
+        return augmented(feed, names, rng)
+
+    monkeypatch.setattr(Executor, "run_feed", counted)
+    monkeypatch.setattr(module, "augmented", noted)
+    epochs = [[course.at(epoch * course.epoch + step)[0] for step in range(course.epoch)] for epoch in range(module.SHOWINGS + 1)]
+    assert asked == 2 * course.epoch
+    shown = [[lesson.feed["x"].tobytes() for lesson in epoch] for epoch in epochs]
+    assert sorted(shown[0]) == sorted(shown[1])
+    assert shown[0] != shown[1]
+    first, second, third = (set(chances[start : start + course.epoch]) for start in range(0, 3 * course.epoch, course.epoch))
+    assert first == second
+    assert len(first | third) == 2 * course.epoch
+    for lesson in epochs[0]:
+        again = epochs[1][shown[1].index(lesson.feed["x"].tobytes())]
+        np.testing.assert_array_equal(lesson.answers["logits"], again.answers["logits"])
+
+
+def test_no_step_holds_a_changed_batch_twice() -> None:
+    course = Lessons(job(), ["logits"], 128, ("shift",))
+    course.limit(8)
+    assert course.runs > course.epoch
+    shown = [lesson.feed["x"].tobytes() for lesson in course.at(0)]
+    assert len(set(shown)) == course.runs
+
+
 def test_answers_that_do_not_fit_in_memory_are_asked_for_again(monkeypatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 100)
     course = Lessons(job(), ["logits"], 16)
     np.testing.assert_array_equal(course.at(0)[0].answers["logits"], course.at(0)[0].answers["logits"])
     assert course._kept is None
+    changed = Lessons(job(), ["logits"], 16, ("flip",))
+    np.testing.assert_array_equal(changed.at(0)[0].answers["logits"], changed.at(0)[0].answers["logits"])
+    assert not changed._changed
 
 
 def test_a_batch_holds_samples_of_one_length_without_their_padding() -> None:
