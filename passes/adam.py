@@ -1,6 +1,8 @@
 """Adam over one flat array: Kingma and Ba, "Adam: a method for stochastic optimization" (2015), with the decay of AdamW (Loshchilov and
 Hutter, "Decoupled weight decay regularization", 2019).
 
+Arrays may have bases of their own (`passes.bases`), in which their gradients are averaged.
+
 Entries have *units*: a step of rate r moves an entry by about r units whatever the size of its gradient. With units proportional to each
 array's size, factors of one product move alike however the product is balanced between them.
 """
@@ -13,7 +15,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from .bases import Bases
+
 Float32 = NDArray[np.float32]
+
+_FIRST_RENEWALS = (1, 2, 4, 7)
+"""Steps after which bases are renewed before the first regular time: moments of few gradients change a lot."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,8 @@ class AdamOptions:
         epsilon: added to the root mean squared gradient, in which entries are measured in units.
         decay: share of an entry that a step of rate 1 takes away.
         clip: gradients longer than this many times their recent mean length are shortened to it.
+        renewal: steps from one renewal of bases to the next; 0 for none, which is plain Adam.
+        moments: share of the gradients' second moments that a step keeps.
     """
 
     momentum: float = 0.9
@@ -33,6 +42,8 @@ class AdamOptions:
     epsilon: float = 1e-8
     decay: float = 0.0
     clip: float = 3.0
+    renewal: int = 10
+    moments: float = 0.95
 
 
 class Adam:
@@ -46,16 +57,18 @@ class Adam:
     values: Float32
     steps: int
 
-    def __init__(self, values: Float32, units: Float32, options: AdamOptions = AdamOptions()) -> None:
+    def __init__(self, values: Float32, units: Float32, options: AdamOptions = AdamOptions(), bases: Bases | None = None) -> None:
         """Start at the given values.
 
         Args:
             values: (n,) float32.
             units: (n,) float32, positive: the length of one unit for each entry.
             options: how to average.
+            bases: in which arrays among the values are averaged; units within such an array are equal.
         """
         self.values, self.steps = values, 0
         self._units, self._options = units, options
+        self._bases = bases if bases is not None and options.renewal else Bases()
         self._mean = np.zeros_like(values)
         self._square = np.zeros_like(values)
         self._work = np.empty_like(values)
@@ -81,6 +94,10 @@ class Adam:
         if 0 < limit < length:
             gradient *= np.float32(limit / length)
         self._length += (min(length, limit or length) - self._length) / min(self.steps, 20)
+        self._bases.observe(gradient, options.moments)
+        if options.renewal and (self.steps in _FIRST_RENEWALS or self.steps % options.renewal == 0):
+            self._bases.renew(self._mean)
+        self._bases.turn(gradient)
         _average(self._mean, gradient, options.momentum, work)
         np.multiply(gradient, gradient, out=gradient)
         _average(self._square, gradient, options.memory, work)
@@ -88,6 +105,7 @@ class Adam:
         work *= np.float32(1 / math.sqrt(1 - options.memory**self.steps))
         work += np.float32(options.epsilon)
         np.divide(self._mean, work, out=work)
+        self._bases.back(work)
         work *= self._units
         work *= np.float32(rate / (1 - options.momentum**self.steps))
         if options.decay:
@@ -103,12 +121,15 @@ class Adam:
             "square": self._square,
             "steps": np.asarray(self.steps),
             "length": np.asarray(self._length),
+            "moments": self._bases.moments,
+            "vectors": self._bases.vectors,
         }
 
     def restore(self, state: dict[str, NDArray[np.generic]]) -> None:
         """Go on from a `state`."""
-        for array, key in ((self.values, "values"), (self._mean, "mean"), (self._square, "square")):
-            array[...] = state[key]
+        for key, array in self.state().items():
+            if array.ndim:
+                array[...] = state[key]
         self.steps, self._length = int(state["steps"]), float(state["length"])
 
 

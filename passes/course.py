@@ -14,12 +14,13 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import TensorProto
 
+from .bases import entries_of
 from .divergence import Divergence, Kind
 from .errors import InputError
 from .execute import Executor
 from .footprint import affordable_bytes, peak_bytes
 from .job import Job
-from .learner import Learner, Slope, slope_of, units_of
+from .learner import Learner, Slope, blocks_of, slope_of, units_of
 from .lessons import KEPT_BYTES, Arrays, Lesson, Lessons
 from .loss import CosineDistance, CrossEntropy, SquaredError, TeacherDivergence, Term
 from .session import open_session, to_array, to_value
@@ -63,6 +64,7 @@ class Course:
         lessons: what it is shown.
         learner: computes the loss and its gradient.
         units: (n,), what counts as a large change of each parameter.
+        blocks: arrays among the parameters whose gradients may be averaged in another basis.
     """
 
     def __init__(self, job: Job, student: Student, options: TuneOptions, lessons: Lessons, slope: Slope) -> None:
@@ -71,6 +73,7 @@ class Course:
         runtime, weights = job.calibration, job.model.weights
         self.learner = Learner(slope, student.parameters, student.start(), runtime, weights)
         self.units = units_of(student.parameters, student.count)
+        self.blocks = blocks_of(student.parameters)
         self._outputs = [value.name for value in student.model.proto.graph.output]
         self._examiner = open_session(student.model.proto, weights=weights, threads=runtime.threads, providers=runtime.providers)
         self._teacher = Executor.of(job.reference, self._outputs, runtime)
@@ -230,7 +233,8 @@ def _ways(batch: int, per_feed: int | None) -> list[tuple[int, bool]]:
 
 def _held_bytes(job: Job, student: Student) -> int:
     """What training holds besides the activations of one step: also three sessions with the model's weights."""
-    return 4 * _COPIES * student.count + 3 * job.model.size_bytes
+    bases = entries_of(blocks_of(student.parameters))
+    return 4 * (_COPIES * student.count + bases) + 3 * job.model.size_bytes
 
 
 def _run_bytes(slope: Slope, lessons: Lessons, most: int, job: Job) -> int:

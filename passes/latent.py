@@ -59,6 +59,11 @@ class Latent(Protocol):
         """Of the projection."""
         ...
 
+    @property
+    def block(self) -> tuple[int, ...]:
+        """Shape of the array that the first values form, whose gradients may be averaged in another basis; () for none."""
+        ...
+
     def unit(self) -> float | Float32:
         """What counts as a large change of any value, or of each (n,): the root mean square at the start."""
         ...
@@ -108,6 +113,11 @@ class _Whole:
         """Its shape."""
         return self.array.shape
 
+    @property
+    def block(self) -> tuple[int, ...]:
+        """None: in another basis directions in which nothing is to be gained move too, and codes turn over for nothing."""
+        return ()
+
     def unit(self) -> float | Float32:
         """Of the array."""
         return _size(self.array)
@@ -126,6 +136,11 @@ class Plain(_Whole):
     """
 
     dtype: np.dtype[np.generic]
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """The whole array."""
+        return self.array.shape
 
     def project(self, values: Float32, out: Float32) -> None:
         """Round to the type; values beyond its range saturate."""
@@ -311,6 +326,11 @@ class Tabled:
     def shape(self) -> tuple[int, ...]:
         """Of the array."""
         return self.places.shape
+
+    @property
+    def block(self) -> tuple[int, ...]:
+        """None: entries of a table lie in no order."""
+        return ()
 
     def unit(self) -> float:
         """Of the table."""

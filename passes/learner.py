@@ -5,6 +5,7 @@ It serves for a whole student and for a block of it alike.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from onnx import ModelProto, helper
 
+from .bases import Block
 from .differentiate import differentiate
 from .loss import Term, with_loss
 from .options import Runtime
@@ -149,6 +151,15 @@ def units_of(parameters: Mapping[str, Parameter], count: int) -> Float32:
     for parameter in parameters.values():
         units[parameter.part] = parameter.latent.unit()
     return units
+
+
+def blocks_of(parameters: Mapping[str, Parameter]) -> list[Block]:
+    """The arrays in a flat array of parameters whose gradients may be averaged in another basis."""
+    return [
+        Block(slice(each.part.start, each.part.start + math.prod(each.latent.block)), each.latent.block)
+        for each in parameters.values()
+        if each.latent.block
+    ]
 
 
 def compact(parameters: Mapping[str, Parameter]) -> dict[str, Parameter]:

@@ -25,6 +25,7 @@ from intaglio import __version__
 from intaglio.ops.form import Form
 
 from .adam import Adam, schedule
+from .bases import Bases
 from .blockwise import BlockPoint, Blockwise
 from .build import Fitted
 from .checkpoint import Checkpoint, fingerprint
@@ -178,7 +179,7 @@ class _Run:
         self._done = 0  # steps, those of an earlier run included; Adam does not count what was not finite
 
     def _adam(self) -> Adam:
-        return Adam(self.course.flat, self.course.units, self.options.adam)
+        return Adam(self.course.flat, self.course.units, self.options.adam, Bases(self.course.blocks))
 
     def go(self, progress: Progress) -> TuneResult:
         """Everything from the first measurement, or the last checkpoint, to the result."""
