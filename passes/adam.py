@@ -19,8 +19,12 @@ from .bases import Bases
 
 Float32 = NDArray[np.float32]
 
-_FIRST_RENEWALS = (1, 2, 4, 7)
-"""Steps after which bases are renewed before the first regular time: moments of few gradients change a lot."""
+_FIRST_RENEWALS = (1, 4, 7)
+"""Steps after which bases are renewed before the first regular time. Moments of few gradients change a lot, but mean squares cannot be taken
+into another basis: the first, which a single gradient made diagonal, would be next to nothing in that of the second."""
+
+_FARTHEST = 3.0
+"""Units that an entry in a basis moves by at rate 1, at most: without one none moves by more than 2.4."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +109,9 @@ class Adam:
         work *= np.float32(1 / math.sqrt(1 - options.memory**self.steps))
         work += np.float32(options.epsilon)
         np.divide(self._mean, work, out=work)
-        self._bases.back(work)
+        if len(self._bases):
+            np.clip(work, -_FARTHEST, _FARTHEST, out=work)
+            self._bases.back(work)
         work *= self._units
         work *= np.float32(rate / (1 - options.momentum**self.steps))
         if options.decay:
