@@ -30,6 +30,7 @@ from threadpoolctl import threadpool_limits
 
 from intaglio.passes.adam import Adam
 from intaglio.passes.analyse import analyse
+from intaglio.passes.bases import Bases
 from intaglio.passes.budget import Request, resolve
 from intaglio.passes.build import fit_forms
 from intaglio.passes.cache import Cache
@@ -101,7 +102,7 @@ class OurHalf:
         if isinstance(course, str):
             raise SystemExit(f"the student cannot be tuned: {course}")
         self.course = course
-        self._adam = Adam(course.flat, course.units, self.options.adam)
+        self._adam = Adam(course.flat, course.units, self.options.adam, Bases(course.blocks))
 
     def scatter(self) -> None:
         """Move all parameters at random: where student and teacher all but agree, gradients are noise that nothing can be compared with."""

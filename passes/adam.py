@@ -20,8 +20,11 @@ from .bases import Bases
 Float32 = NDArray[np.float32]
 
 _FIRST_RENEWALS = (1, 4, 7)
-"""Steps after which bases are renewed before the first regular time. Moments of few gradients change a lot, but mean squares cannot be taken
-into another basis: the first, which a single gradient made diagonal, would be next to nothing in that of the second."""
+"""Steps after which bases are renewed before the first regular time: moments of few gradients change a lot.
+
+Not after the second: mean squares cannot be taken into another basis, and those in the first, which a single gradient made diagonal, would
+be next to nothing in the next.
+"""
 
 _FARTHEST = 3.0
 """Units that an entry in a basis moves by at rate 1, at most: without one none moves by more than 2.4."""

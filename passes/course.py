@@ -41,6 +41,10 @@ _COPIES = 10
 """Arrays of the length of all parameters that training holds: values, gradients, what Adam keeps, projections, the best so far."""
 
 
+_OPTIMIZERS = 2
+"""That hold bases at a time: the one that tunes, and one that tries a rate."""
+
+
 @dataclass(frozen=True)
 class _Way:
     """How a step's samples are run, so that it fits in memory.
@@ -73,7 +77,7 @@ class Course:
         runtime, weights = job.calibration, job.model.weights
         self.learner = Learner(slope, student.parameters, student.start(), runtime, weights)
         self.units = units_of(student.parameters, student.count)
-        self.blocks = blocks_of(student.parameters)
+        self.blocks = blocks_of({name: student.parameters[name] for name in self.learner.trained})
         self._outputs = [value.name for value in student.model.proto.graph.output]
         self._examiner = open_session(student.model.proto, weights=weights, threads=runtime.threads, providers=runtime.providers)
         self._teacher = Executor.of(job.reference, self._outputs, runtime)
@@ -234,7 +238,7 @@ def _ways(batch: int, per_feed: int | None) -> list[tuple[int, bool]]:
 def _held_bytes(job: Job, student: Student) -> int:
     """What training holds besides the activations of one step: also three sessions with the model's weights."""
     bases = entries_of(blocks_of(student.parameters))
-    return 4 * (_COPIES * student.count + bases) + 3 * job.model.size_bytes
+    return 4 * (_COPIES * student.count + _OPTIMIZERS * bases) + 3 * job.model.size_bytes
 
 
 def _run_bytes(slope: Slope, lessons: Lessons, most: int, job: Job) -> int:

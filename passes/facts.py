@@ -399,7 +399,7 @@ class Report:
         tuning: None where it was not asked for.
         rounds: those before the last.
         solver: None for a plan that was edited by hand.
-        margins: what a tenth more of each budget is predicted to buy.
+        margins: what a tenth more of what it takes of each budget is predicted to buy.
         data: which samples served what.
         statistics: convolutions whose statistics are sampled.
         canonicalization: what was simplified before.

@@ -99,10 +99,12 @@ class Lessons:
             indices = self._dealt(epoch)[place]
             feed = joined_feed(self._data, indices)
             return Lesson(feed, self._answers(indices, feed), indices)
-        showing = epoch % SHOWINGS if self.epoch >= self.runs else 0  # no step holds a batch twice
+        half = self.epoch // 2
+        showing = epoch % SHOWINGS if half >= self.runs else 0
         first = epoch - showing
-        if showing:
-            place = int(np.random.default_rng((self._seed, 6, epoch)).permutation(self.epoch)[place])
+        if showing:  # halves are dealt anew by themselves, so that no step in which two epochs meet holds a batch twice
+            rng = np.random.default_rng((self._seed, 6, epoch))
+            place = int(np.concatenate([rng.permutation(half), half + rng.permutation(self.epoch - half)])[place])
         indices = self._dealt(first)[place]
         number = first * self.epoch + place
         changed = augmented(joined_feed(self._data, indices), self._augmentations, np.random.default_rng((self._seed, 2, number)))

@@ -3,7 +3,8 @@
 What is minimised falls in steps as a budget grows, not evenly: where a whole kind of form just does not fit any more, a few percent of time
 may be worth most of a divergence. The solver knows that, so the user can know it too.
 
-Before: a plan that was solved for. After: for every budget that limits it, what would be left of its objective with a tenth more.
+Before: a plan that was solved for. After: for every budget that was given, what would be left of its objective if it took a tenth more of
+that one, and of the others what it takes.
 """
 
 from __future__ import annotations
@@ -41,14 +42,15 @@ class Margin:
 
 
 def margins(plan: Plan) -> tuple[Margin, ...]:
-    """Of each limited budget; nothing for a plan that was edited by hand, minimises a labelled loss, or leaves nothing to gain.
+    """Of each given budget that the plan takes something of.
 
-    Latencies are predicted with the correction that the plan was solved with.
+    Latencies are predicted with the correction that the plan was solved with. Nothing is said of a plan that was edited by hand, minimises
+    a labelled loss, or is not proved to be the best that takes no more, or where nothing is left to gain.
     """
     minimized = plan.budget.minimize
     taken = Cost(plan.size_bytes, plan.latency_s, plan.divergence)
     objective = dict(zip(QUANTITIES, taken.values(), strict=True))[minimized]
-    if plan.solution is None or plan.joint or not objective > 0:
+    if plan.solution is None or plan.solution.status != "optimal" or plan.joint or not objective > 0:
         return ()
     return tuple(
         Margin(relaxed, MORE, minimized, min(1.0, _objective(found, minimized) / objective))
@@ -60,8 +62,8 @@ def margins(plan: Plan) -> tuple[Margin, ...]:
 def _relaxed(plan: Plan, taken: Cost) -> Iterator[tuple[Quantity, Plan | None]]:
     """For each limited budget the best plan that takes more of that one and no more of the others than this one; None if none is found."""
     limited = {name for name, limit in zip(QUANTITIES, plan.budget.limits(), strict=True) if limit is not None} - {plan.budget.minimize}
-    for relaxed in QUANTITIES:
-        if relaxed not in limited:
+    for relaxed, value_taken in zip(QUANTITIES, taken.values(), strict=True):
+        if relaxed not in limited or not value_taken > 0:
             continue
         size_bytes, latency_s, divergence = (
             value * (MORE if name == relaxed else _ROUNDING) if name in limited else None

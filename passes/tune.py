@@ -288,10 +288,7 @@ class _Run:
         try:
             for rate in progress(rates, "Trying rates", len(rates)):
                 course.flat[...] = put_back
-                adam = self._adam()
-                for step in range(steps):
-                    course.learn(step)
-                    adam.step(course.gradient, rate * schedule(step, steps, steps // 4))
+                self._try(rate, steps)
                 found[rate] = course.divergence()
                 with deferred():
                     self._consider(found[rate])
@@ -306,6 +303,13 @@ class _Run:
         limit = start * (_RECOVERABLE if self.steps >= _LONG * steps else _HARMLESS)
         harmless = [rate for rate, divergence in finite.items() if divergence <= limit]
         return max(harmless) if harmless else min(finite or found, key=found.__getitem__)
+
+    def _try(self, rate: float, steps: int) -> None:
+        """Make a few steps."""
+        adam = self._adam()
+        for step in range(steps):
+            self.course.learn(step)
+            adam.step(self.course.gradient, rate * schedule(step, steps, steps // 4))
 
     def _result(self, interrupted: bool, reason: str | None) -> TuneResult:
         course = self.course

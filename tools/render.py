@@ -207,7 +207,7 @@ def _totals(report: Report) -> str:
 
 
 def margin_lines(found: Sequence[Margin]) -> list[str]:
-    """What a little more of each budget would buy; nothing where no budget limits the plan."""
+    """What a little more of each budget would buy; nothing where that is not known."""
     if not found:
         return []
     names = {"size": "size", "latency": "latency", "error": "divergence"}

@@ -148,6 +148,32 @@ def test_flat_directions_no_longer_wait_for_the_steep_one() -> None:
     assert left(AdamOptions(), 0.06) < 0.25 * left(AdamOptions(renewal=0), 0.06)
 
 
+@pytest.mark.parametrize("shape", [(64, 96), (16, 16), (128, 8), (8, 12, 3, 3)])
+def test_no_step_moves_entries_much_farther_than_plain_adam_does(shape: tuple[int, ...]) -> None:
+    """Whatever basis mean squares were taken in before."""
+    count = math.prod(shape)
+    values = np.zeros(count, np.float32)
+    one = Adam(values, np.ones(count, np.float32), AdamOptions(), Bases([Block(slice(0, count), shape)]))
+    for seed in range(24):
+        before = values.copy()
+        one.step(normal(seed, count), 1.0)
+        assert np.sqrt(np.mean((values - before) ** 2)) < 1.5
+        assert np.abs(values - before).max() < 10
+
+
+def test_eigenvectors_that_are_not_found_leave_the_basis_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    bases, _, count = learnt((4, 5))
+    before = bases.vectors.copy()
+
+    def fails(*_: object, **__: object) -> None:
+        raise np.linalg.LinAlgError("did not converge")
+
+    monkeypatch.setattr("scipy.linalg.eigh", fails)
+    bases.observe(normal(8, count), 0.1)
+    bases.renew()
+    np.testing.assert_array_equal(bases.vectors, before)
+
+
 def test_without_renewals_it_is_plain_adam_bit_by_bit() -> None:
     def run(bases: Bases | None, renewal: int) -> Array:
         values = normal(1, 12)

@@ -146,3 +146,13 @@ def test_a_student_for_which_there_is_no_memory_is_not_taught(monkeypatch: pytes
     monkeypatch.setattr(module, "affordable_bytes", lambda: 1000.0)
     found = open_course(job(), make_student(job(), plan(COARSE), fitted()), OPTIONS)
     assert "GB of memory, more than half of what there is" in str(found)
+
+
+def test_arrays_in_floats_have_bases_and_codes_have_none() -> None:
+    low = Form("lowrank", (4,), "float", "contract")
+    course = course_of(form=low)
+    assert [block.shape for block in course.blocks] == [
+        parameter.latent.shape for name, parameter in course.student.parameters.items() if name in course.learner.trained
+    ]
+    coded = course_of(form=replace(low, storage="int4"))
+    assert all(len(block.shape) == 1 for block in coded.blocks)  # biases

@@ -111,6 +111,17 @@ def test_no_step_holds_a_changed_batch_twice() -> None:
     assert len(set(shown)) == course.runs
 
 
+def test_no_step_in_which_two_showings_meet_holds_a_changed_batch_twice() -> None:
+    course = Lessons(job(), ["logits"], 32, ("shift",))
+    course.limit(8)
+    assert 1 < course.runs <= course.epoch // 2
+    assert course.epoch % course.runs
+    shown = [lesson.feed["x"].tobytes() for step in range(4 * course.epoch) for lesson in course.at(step)]
+    for step in range(4 * course.epoch):
+        assert len(set(shown[step * course.runs : (step + 1) * course.runs])) == course.runs
+    assert len(set(shown)) == len(shown) // 2
+
+
 def test_answers_that_do_not_fit_in_memory_are_asked_for_again(monkeypatch) -> None:
     monkeypatch.setattr(module, "KEPT_BYTES", 100)
     course = Lessons(job(), ["logits"], 16)

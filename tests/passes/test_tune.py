@@ -85,6 +85,18 @@ def test_an_interrupted_run_keeps_its_best_and_goes_on_bit_by_bit(after: int, tm
     assert not list(tmp_path.iterdir())  # a run that came to its end leaves nothing to go on from
 
 
+def test_floats_go_on_in_the_bases_that_they_had(tmp_path: Path) -> None:
+    low = Form("lowrank", (4,), "float", "contract")
+    cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
+    whole = tune(job(), plan(low), fitted(low), steps=60, options=OPTIONS)
+    assert whole.improved
+    assert tune(cached, plan(low), fitted(low), steps=60, options=OPTIONS, progress=Stopper(27)).steps == 27
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as stored:
+        assert len(stored["adam.vectors"]) > 0
+    assert_same(tune(cached, plan(low), fitted(low), steps=60, options=OPTIONS), whole)
+
+
 @pytest.mark.parametrize(("steps", "expected"), [(100, 1e-4), (200, 1e-3)], ids=["short", "long"])
 def test_long_runs_make_good_what_a_rate_loses_at_first(steps: int, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Trials take 12 and 13 steps here."""
@@ -221,7 +233,7 @@ def test_a_run_that_was_stopped_while_it_measured_makes_up_for_it(tmp_path: Path
     assert_same(tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS), tuned())
 
 
-@pytest.mark.parametrize("change", ["missing", "longer", "strings", "empty history"])
+@pytest.mark.parametrize("change", ["missing", "no bases", "longer", "strings", "empty history"])
 def test_a_checkpoint_of_another_version_is_not_used(change: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cached = replace(job(), settings=replace(job().settings, cache=tmp_path))
     tune(cached, plan(COARSE), fitted(), steps=60, options=OPTIONS, progress=Stopper(13))
@@ -230,6 +242,8 @@ def test_a_checkpoint_of_another_version_is_not_used(change: str, tmp_path: Path
         state = dict(stored)
     if change == "missing":
         del state["adam.mean"]
+    elif change == "no bases":
+        del state["adam.moments"], state["adam.vectors"]
     elif change == "longer":
         state["best"] = np.append(state["best"], np.float32(0))
     elif change == "strings":
