@@ -112,7 +112,7 @@ def test_no_step_holds_a_changed_batch_twice() -> None:
 
 
 def test_no_step_in_which_two_showings_meet_holds_a_changed_batch_twice() -> None:
-    course = Lessons(job(), ["logits"], 32, ("shift",))
+    course = Lessons(job(), ["logits"], 24, ("shift",))
     course.limit(8)
     assert 1 < course.runs <= course.epoch // 2
     assert course.epoch % course.runs
