@@ -27,7 +27,7 @@ be next to nothing in the next.
 """
 
 _FARTHEST = 3.0
-"""Units that an entry in a basis moves by at rate 1, at most: without one none moves by more than 2.4."""
+"""Units that an entry in a basis moves by at rate 1, at most; without one, and with the averages that are the default, it is 2.4."""
 
 
 @dataclass(frozen=True)
@@ -112,11 +112,12 @@ class Adam:
         work *= np.float32(1 / math.sqrt(1 - options.memory**self.steps))
         work += np.float32(options.epsilon)
         np.divide(self._mean, work, out=work)
+        work *= np.float32(1 / (1 - options.momentum**self.steps))
         if len(self._bases):
             np.clip(work, -_FARTHEST, _FARTHEST, out=work)
             self._bases.back(work)
         work *= self._units
-        work *= np.float32(rate / (1 - options.momentum**self.steps))
+        work *= np.float32(rate)
         if options.decay:
             self.values *= np.float32(1 - rate * options.decay)
         self.values -= work

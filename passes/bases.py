@@ -98,15 +98,15 @@ class Bases:
         self.vectors = np.zeros_like(self.moments)
         self._axes, start = [], 0
         for block, axis, length in sides:
-            views = (flat[start : start + length**2].reshape(length, length) for flat in (self.moments, self.vectors))
-            moment, vectors = views
+            part = slice(start, start + length**2)
+            moment, vectors = self.moments[part].reshape(length, length), self.vectors[part].reshape(length, length)
             vectors[...] = np.eye(length, dtype=np.float32)
             sizes = math.prod(block.shape[:axis]), length, math.prod(block.shape[axis + 1 :])
             self._axes.append(_Axis(block.part, sizes, moment, vectors))
-            start += length**2
+            start = part.stop
 
     def __len__(self) -> int:
-        """How many there are."""
+        """How many axes have one."""
         return len(self._axes)
 
     def observe(self, gradient: Float32, kept: float) -> None:

@@ -9,10 +9,9 @@ that one, and of the others what it takes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from intaglio.solver import QUANTITIES, Budget, Cost, Quantity
+from intaglio.solver import QUANTITIES, Budget, Quantity
 
 from .errors import InfeasibleError
 from .plan import Plan, choose
@@ -47,34 +46,35 @@ def margins(plan: Plan) -> tuple[Margin, ...]:
     Latencies are predicted with the correction that the plan was solved with. Nothing is said of a plan that was edited by hand, minimises
     a labelled loss, or is not proved to be the best that takes no more, or where nothing is left to gain.
     """
-    minimized = plan.budget.minimize
-    taken = Cost(plan.size_bytes, plan.latency_s, plan.divergence)
-    objective = dict(zip(QUANTITIES, taken.values(), strict=True))[minimized]
-    if plan.solution is None or plan.solution.status != "optimal" or plan.joint or not objective > 0:
+    minimized, taken = plan.budget.minimize, _taken(plan)
+    if plan.solution is None or plan.solution.status != "optimal" or plan.joint or not taken[minimized] > 0:
         return ()
+    given = [
+        name
+        for name, limit in zip(QUANTITIES, plan.budget.limits(), strict=True)
+        if limit is not None and name != minimized and taken[name] > 0
+    ]
+    found = {name: _relaxed(plan, name) for name in given}
     return tuple(
-        Margin(relaxed, MORE, minimized, min(1.0, _objective(found, minimized) / objective))
-        for relaxed, found in _relaxed(plan, taken)
-        if found is not None
+        Margin(name, MORE, minimized, min(1.0, _taken(better)[minimized] / taken[minimized]))
+        for name, better in found.items()
+        if better is not None
     )
 
 
-def _relaxed(plan: Plan, taken: Cost) -> Iterator[tuple[Quantity, Plan | None]]:
-    """For each limited budget the best plan that takes more of that one and no more of the others than this one; None if none is found."""
-    limited = {name for name, limit in zip(QUANTITIES, plan.budget.limits(), strict=True) if limit is not None} - {plan.budget.minimize}
-    for relaxed, value_taken in zip(QUANTITIES, taken.values(), strict=True):
-        if relaxed not in limited or not value_taken > 0:
-            continue
-        size_bytes, latency_s, divergence = (
-            value * (MORE if name == relaxed else _ROUNDING) if name in limited else None
-            for name, value in zip(QUANTITIES, taken.values(), strict=True)
-        )
-        budget = Budget(size_bytes, latency_s, divergence, plan.budget.minimize)
-        try:
-            yield relaxed, choose(plan.menu, budget, replace(plan.correction, spare_bytes=0))
-        except InfeasibleError:  # the plan itself keeps these limits, so the solver's time was up
-            yield relaxed, None
+def _relaxed(plan: Plan, more_of: Quantity) -> Plan | None:
+    """The best plan that takes more of one budget and no more of the others than this one; None if none is found in time."""
+    size_bytes, latency_s, divergence = (
+        None if limit is None or name == plan.budget.minimize else _taken(plan)[name] * (MORE if name == more_of else _ROUNDING)
+        for name, limit in zip(QUANTITIES, plan.budget.limits(), strict=True)
+    )
+    budget = Budget(size_bytes, latency_s, divergence, plan.budget.minimize)
+    try:
+        return choose(plan.menu, budget, replace(plan.correction, spare_bytes=0))
+    except InfeasibleError:  # it is not: this plan keeps these limits
+        return None
 
 
-def _objective(plan: Plan, minimized: Quantity) -> float:
-    return {"size": plan.size_bytes, "latency": plan.latency_s, "error": plan.divergence}[minimized]
+def _taken(plan: Plan) -> dict[Quantity, float]:
+    """What a plan is predicted to take."""
+    return {"size": plan.size_bytes, "latency": plan.latency_s, "error": plan.divergence}

@@ -85,9 +85,8 @@ class Result:
         Raises:
             InputError: the file is the original, or cannot be written.
         """
-        job = self.outcome.job
+        job, measured = self.outcome.job, self.report
         size_bytes = save(self.outcome.model, path, source=job.original.path, external=job.external or None)
-        measured = self.report  # afterwards: it solves for margins, and what was found must not be lost for them
         size = SizeFacts.of(job.original.size_bytes, size_bytes)  # external data is referred to by the file's name
         return replace(measured, output=FileFacts(str(path), load(path).sha256), size=size)
 

@@ -273,6 +273,7 @@ def plan(
     A plan is JSON: it can be read, edited, applied, and with `--reuse` solved again for another budget in no time.
     """
     from intaglio.passes.job import open_job
+    from intaglio.passes.margins import margins
     from intaglio.passes.plan import read_plan, to_json
     from intaglio.passes.replan import plan_job, replan
 
@@ -302,7 +303,7 @@ def plan(
         print(to_json(solved))
     else:
         console = Console()
-        console.print(render.plan_table(solved))
+        console.print(render.plan_table(solved, margins(solved)))
         console.print(f"wrote {output}", highlight=False, soft_wrap=True, markup=False)
 
 

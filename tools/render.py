@@ -12,7 +12,7 @@ from intaglio.ops.form import UNCHANGED, Form
 from intaglio.passes.facts import DivergenceFacts, LatencyFacts, LoadingFacts, MetricFacts, Report, SizeFacts, TaskFacts, TuningFacts
 from intaglio.passes.inspect import Inspection
 from intaglio.passes.judge import Benchmark, Verdict
-from intaglio.passes.margins import Margin, margins
+from intaglio.passes.margins import Margin
 from intaglio.passes.plan import Plan
 
 NONE = "–"
@@ -51,8 +51,8 @@ def benchmark(found: Benchmark) -> RenderableType:
     return table
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """What `plan` prints: the predicted cost and the form of every site."""
+def plan_table(plan: Plan, margins: Sequence[Margin]) -> RenderableType:
+    """What `plan` prints: the predicted cost, the form of every site, and what more of a budget would buy."""
     base = plan.menu.base
     totals = _table("predicted", "before", "after", "ratio")
     totals.add_row("size", size_text(base.size_bytes), size_text(plan.size_bytes), f"{plan.size_bytes / base.size_bytes:.3f}")
@@ -64,7 +64,7 @@ def plan_table(plan: Plan) -> RenderableType:
         saved = NONE if candidate is None else size_text(-candidate.size_bytes)
         divergence = NONE if candidate is None else f"{candidate.divergence:.2g}"
         sites.add_row(name, form_text(form), saved, divergence)
-    return Group(totals, sites, *margin_lines(margins(plan)))
+    return Group(totals, sites, *_margin_lines(margins))
 
 
 def inspection(found: Inspection) -> RenderableType:
@@ -202,11 +202,11 @@ def _totals(report: Report) -> str:
         lines.append(_tuning_line(report.tuning))
     if report.solver is not None:
         lines.append(f"The choice is {report.solver.status} within {report.solver.gap:.1g} of the best possible.")
-    lines += margin_lines(report.margins)
+    lines += _margin_lines(report.margins)
     return "\n".join(lines)
 
 
-def margin_lines(found: Sequence[Margin]) -> list[str]:
+def _margin_lines(found: Sequence[Margin]) -> list[str]:
     """What a little more of each budget would buy; nothing where that is not known."""
     if not found:
         return []

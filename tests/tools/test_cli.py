@@ -169,6 +169,14 @@ def test_plan_then_apply_writes_what_the_plan_says(capfd: pytest.CaptureFixture[
     assert Path("out.onnx").stat().st_size <= 0.4 * Path("model.onnx").stat().st_size
 
 
+def test_what_more_of_a_budget_would_buy_is_told_and_reported(capfd: pytest.CaptureFixture[str]) -> None:
+    run("plan model.onnx -o plan.json --data data.npz --size 0.4")
+    assert "Predicted, of what it takes: 10% more size: divergence" in capfd.readouterr().out
+    (margin,) = document("apply model.onnx plan.json -o out.onnx --data data.npz", capfd)["margins"]
+    assert (margin["budget"], margin["minimized"]) == ("size", "error")
+    assert 0 <= margin["ratio"] <= 1
+
+
 def test_a_plan_is_solved_again_without_data(capfd: pytest.CaptureFixture[str]) -> None:
     run("plan model.onnx -o plan.json --data data.npz --size 0.4")
     Path("data.npz").unlink()
